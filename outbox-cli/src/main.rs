@@ -1,0 +1,3 @@
+//! The program `outbox`.
+
+fn main() {}

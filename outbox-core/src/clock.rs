@@ -1,0 +1,38 @@
+//! The only clock of the relay.
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Tells monotonic time, which is all that the relay needs: leases run in the database's time, and wall clocks jump.
+pub trait Clock: Send + Sync + fmt::Debug + 'static {
+    /// Time since some fixed moment; never goes back.
+    fn now(&self) -> Duration;
+}
+
+/// Tokio's clock, which tests can pause.
+///
+/// ```
+/// use outbox_core::{Clock, MonotonicClock};
+///
+/// let clock = MonotonicClock::new();
+/// assert!(clock.now() <= clock.now());
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct MonotonicClock(Instant);
+
+impl MonotonicClock {
+    /// A clock that starts now.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "it reads the time")]
+    pub fn new() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for MonotonicClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}

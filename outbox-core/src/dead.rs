@@ -1,0 +1,66 @@
+//! Dead letters: messages taken out of the flow, kept whole.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+
+use crate::error::Result;
+use crate::fetch::RecordRef;
+use crate::message::Message;
+
+/// A message taken out of the flow, whole, with its reason.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeadLetter {
+    /// Names it: its id and the position it had.
+    pub record: RecordRef,
+    /// The message.
+    pub message: Message,
+    /// Its number within its key, under [`crate::Ordering::Sequenced`]. Its place stays a hole.
+    pub key_seq: Option<i64>,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// What the sink said last.
+    pub reason: String,
+    /// When it was given up, by the database's clock.
+    pub died_at: SystemTime,
+}
+
+/// Which dead letters to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetterQuery {
+    /// Only of this topic. Default: all.
+    pub topic: Option<Arc<str>>,
+    /// Only after this one, for the next page. Default: from the start.
+    pub after: Option<RecordRef>,
+    /// At most so many. Default: 100.
+    pub limit: usize,
+}
+
+impl Default for DeadLetterQuery {
+    fn default() -> Self {
+        Self {
+            topic: None,
+            after: None,
+            limit: 100,
+        }
+    }
+}
+
+/// Dead letters as operators see them. All of it is safe beside running relays and beside itself.
+///
+/// # Contract
+/// - Of two concurrent calls for one dead letter exactly one **MUST** count it (`dead_letter_requeue_once`).
+/// - A requeued message **MUST** keep its id, topic, key, payload and headers and gets a new position behind all
+///   others: it is delivered out of its first order, which consumers must be told (`dead_letter_requeue_whole`).
+#[async_trait]
+pub trait DeadLetters: Send + Sync {
+    /// Dead letters in the order of (position, id).
+    async fn list(&self, query: &DeadLetterQuery) -> Result<Vec<DeadLetter>>;
+
+    /// Puts them back at the end of the outbox; says how many were still there.
+    async fn requeue(&self, records: &[RecordRef]) -> Result<usize>;
+
+    /// Deletes them for good; says how many were still there.
+    async fn discard(&self, records: &[RecordRef]) -> Result<usize>;
+}

@@ -1,0 +1,113 @@
+//! Holds: the durable notes that a key, a keyless message or a topic waits.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::error::Result;
+use crate::fetch::RecordRef;
+use crate::message::OrderKey;
+use crate::shard::Shard;
+
+/// The durable note that something waits, so that a relay that takes over neither forgets attempts nor hurries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hold {
+    /// The shard it belongs to.
+    pub shard: Shard,
+    /// What waits.
+    pub scope: HoldScope,
+    /// The message that failed: the head of the key, the keyless message itself, or the one a topic is probed with.
+    pub head: RecordRef,
+    /// How often it failed, as an absolute number.
+    pub attempts: u32,
+    /// How it goes on.
+    pub state: HoldState,
+    /// What the sink said, for people.
+    pub reason: String,
+}
+
+/// What waits.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HoldScope {
+    /// All messages of a topic.
+    Topic(Arc<str>),
+    /// All messages of a key.
+    Key(OrderKey),
+    /// The one keyless message that is the hold's head.
+    Message,
+}
+
+/// How a hold goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HoldState {
+    /// It is tried again after this time, by the database's clock; zero is now.
+    Retrying {
+        /// Time from now.
+        due_in: Duration,
+    },
+    /// It waits for an operator.
+    Parked,
+}
+
+/// Names a hold within its store: the shard, what waits, and for a keyless message its position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HoldRef {
+    /// The shard.
+    pub shard: Shard,
+    /// What waits.
+    pub scope: HoldScope,
+    /// The head.
+    pub head: RecordRef,
+}
+
+impl Hold {
+    /// What names it.
+    #[must_use]
+    pub fn reference(&self) -> HoldRef {
+        HoldRef {
+            shard: self.shard,
+            scope: self.scope.clone(),
+            head: self.head,
+        }
+    }
+}
+
+/// A change of holds within a settlement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HoldChange {
+    /// Writes the hold, in place of one that may be there for the same scope (for a keyless message: the same
+    /// position).
+    Put(Hold),
+    /// Removes it, if it is there.
+    Clear(HoldRef),
+}
+
+/// Parked holds as operators see them: the head of a key waits in the outbox until someone decides.
+///
+/// The relay notices within seconds. All of it is safe beside a running relay.
+#[async_trait]
+pub trait Parking: Send + Sync {
+    /// At most `limit` parked holds, oldest head first.
+    async fn parked(&self, limit: usize) -> Result<Vec<Hold>>;
+
+    /// Tries it again from the first attempt; false when no such hold is parked (any more).
+    async fn resume(&self, hold: &HoldRef) -> Result<bool>;
+
+    /// Moves the head to the dead letters and lets the key go on; false when no such hold is parked (any more).
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] for a topic, and in a store without dead letters.
+    async fn bury(&self, hold: &HoldRef) -> Result<bool>;
+}
+
+impl fmt::Display for HoldScope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Topic(topic) => write!(f, "topic {topic}"),
+            Self::Key(key) => write!(f, "key {key}"),
+            Self::Message => f.write_str("message"),
+        }
+    }
+}

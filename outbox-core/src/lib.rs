@@ -1,0 +1,40 @@
+#![doc = include_str!("../README.md")]
+
+mod clock;
+mod dead;
+mod enqueue;
+mod error;
+mod fetch;
+mod headers;
+mod hold;
+mod inbox;
+mod lease;
+mod message;
+mod retention;
+mod scheduled;
+mod settle;
+mod shard;
+mod sink;
+mod store;
+mod wake;
+
+pub use clock::{Clock, MonotonicClock};
+pub use dead::{DeadLetter, DeadLetterQuery, DeadLetters};
+pub use enqueue::Enqueue;
+pub use error::{Error, ErrorKind, Result};
+pub use fetch::{FetchRequest, Fetched, Held, InFlight, Record, RecordRef, Reread, RereadScope};
+pub use headers::Headers;
+pub use hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState, Parking};
+pub use inbox::{Inbox, MIN_INBOX_AGE, Receive, check_age};
+pub use lease::{LeaseRequest, LeaseRow, LeaseTable, Leases, Membership, RelayId, StoreMillis, millis};
+pub use message::{
+    Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,
+    RESERVED_HEADER_PREFIX, check_topic, is_reserved_header,
+};
+pub use retention::Retention;
+pub use scheduled::{Promotion, Scheduled};
+pub use settle::{Death, Settled, Settlement, ShardSettlement};
+pub use shard::{Epoch, OwnedShard, Position, Shard, shard_of};
+pub use sink::{Outcome, Reason, Receipt, Sink, SinkCapabilities};
+pub use store::{Capabilities, Count, LeaseStatus, Ordering, OutboxStore, Reader, Stats};
+pub use wake::{WakeUp, Waker};

@@ -1,0 +1,102 @@
+//! Settling: what became of messages, written back under the shards' epochs.
+
+use crate::fetch::RecordRef;
+use crate::hold::HoldChange;
+use crate::lease::RelayId;
+use crate::shard::{Epoch, OwnedShard, Shard};
+
+/// What became of messages that were fetched: any subset of them, of any number of shards.
+///
+/// ```
+/// use outbox_core::{Epoch, OwnedShard, RelayId, Settlement, Shard, ShardSettlement};
+///
+/// let settlement = Settlement {
+///     relay: RelayId::new("relay-1"),
+///     shards: vec![ShardSettlement::new(Shard(3), Epoch(7))],
+/// };
+/// // A store passes what it read, under a lock, of its lease rows.
+/// let (kept, lost) = settlement.fence(&[OwnedShard { shard: Shard(3), epoch: Epoch(8) }]);
+/// assert!(kept.is_empty());
+/// assert_eq!(lost, [Shard(3)]);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settlement {
+    /// Who settles.
+    pub relay: RelayId,
+    /// What, shard by shard; each shard stands once.
+    pub shards: Vec<ShardSettlement>,
+}
+
+/// What became of messages of one shard: written wholly, or not at all when `epoch` is no longer held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardSettlement {
+    /// The shard.
+    pub shard: Shard,
+    /// The epoch under which they were fetched.
+    pub epoch: Epoch,
+    /// Delivered: to be deleted, or moved to the archive.
+    pub delivered: Vec<RecordRef>,
+    /// Given up: to be moved to the dead letters.
+    pub dead: Vec<Death>,
+    /// Holds to write or to remove, in this order.
+    pub holds: Vec<HoldChange>,
+}
+
+/// A message that is given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    /// Which.
+    pub record: RecordRef,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// What the sink said last, for people.
+    pub reason: String,
+}
+
+/// The answer to a settlement that was committed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Settled {
+    /// Shards whose epoch is no longer held; nothing was changed for them.
+    pub lost: Vec<Shard>,
+}
+
+impl ShardSettlement {
+    /// Nothing yet.
+    #[must_use]
+    pub const fn new(shard: Shard, epoch: Epoch) -> Self {
+        Self {
+            shard,
+            epoch,
+            delivered: Vec::new(),
+            dead: Vec::new(),
+            holds: Vec::new(),
+        }
+    }
+
+    /// How many messages and holds it touches.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.delivered.len() + self.dead.len() + self.holds.len()
+    }
+
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Settlement {
+    /// Divides it by the epochs that the relay holds now, which the store has read **under a lock** that excludes a
+    /// take-over until the settlement is committed: what may be written, and what is lost.
+    #[must_use]
+    pub fn fence(&self, held: &[OwnedShard]) -> (Vec<&ShardSettlement>, Vec<Shard>) {
+        let (kept, lost): (Vec<_>, Vec<_>) = self.shards.iter().partition(|part| {
+            held.contains(&OwnedShard {
+                shard: part.shard,
+                epoch: part.epoch,
+            })
+        });
+        (kept, lost.into_iter().map(|part| part.shard).collect())
+    }
+}

@@ -1,0 +1,82 @@
+//! Shards, epochs and positions: where a message stands and who may move it.
+
+use std::fmt;
+
+use md5::{Digest, Md5};
+use serde::{Deserialize, Serialize};
+
+use crate::message::MessageId;
+
+/// The unit of ownership: `hash(key) mod N`, keyless messages by their id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Shard(pub u16);
+
+/// Counts the changes of a shard's owner; grows at each, and never goes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Epoch(pub i64);
+
+/// Where a store put a message: a 64-bit number per store, the order within a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Position(pub i64);
+
+/// A shard and the epoch under which its owner holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnedShard {
+    /// The shard.
+    pub shard: Shard,
+    /// The epoch of the present ownership.
+    pub epoch: Epoch,
+}
+
+/// The shard of a message: the first four bytes of `md5(key)` as a big-endian number, modulo the number of shards;
+/// of a keyless message the same of the 16 bytes of its id.
+///
+/// The same on every store and in plain SQL (`('x' || left(md5(key), 8))::bit(32)::bigint % 64`, or
+/// `conv(left(md5(key), 8), 16, 10) % 64`). MD5 spreads here, it protects nothing.
+///
+/// ```
+/// use outbox_core::{MessageId, Shard, shard_of};
+///
+/// let id = MessageId::from_bytes([0; 16]);
+/// assert_eq!(shard_of(Some(b"42"), id, 64), Shard(40));
+/// assert_eq!(shard_of(Some(b""), id, 64), Shard(25));
+/// assert_eq!(shard_of(None, id, 64), Shard(54));
+/// assert_eq!(shard_of(Some(b"42"), id, 1), Shard(0));
+/// ```
+#[must_use]
+pub fn shard_of(key: Option<&[u8]>, id: MessageId, shards: u16) -> Shard {
+    if shards <= 1 {
+        return Shard(0);
+    }
+    let digest = match key {
+        Some(key) => Md5::digest(key),
+        None => Md5::digest(id.as_bytes()),
+    };
+    let number = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
+    Shard(u16::try_from(number % u32::from(shards)).unwrap_or_default())
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Position {
+    /// Before every position.
+    pub const MIN: Self = Self(i64::MIN);
+    /// After every position.
+    pub const MAX: Self = Self(i64::MAX);
+}

@@ -1,0 +1,217 @@
+//! What a database must do for the relay.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::dead::DeadLetters;
+use crate::error::Result;
+use crate::fetch::{FetchRequest, Fetched};
+use crate::hold::{Hold, Parking};
+use crate::lease::{LeaseRequest, Leases, Membership, RelayId};
+use crate::retention::Retention;
+use crate::scheduled::Scheduled;
+use crate::settle::{Settled, Settlement};
+use crate::shard::{Epoch, OwnedShard, Shard};
+use crate::wake::WakeUp;
+
+/// Reads batches, leases shards and records outcomes, all fenced by the shards' epochs.
+///
+/// # Contract
+/// The words in bold name the scenario of the conformance suite that proves the clause.
+///
+/// - A message **MUST** become visible to readers with the commit of its producer's transaction, not before, and
+///   never after a rollback (`commit_makes_visible`, `rollback_leaves_nothing`, `nothing_visible_before_commit`).
+/// - A shard **MUST** have at most one owner; ownership, epochs and expiry are decided by the database's clock
+///   (`lease_is_exclusive`, `lease_expires`, `lease_renews`, `lease_release_frees`). Taking a shard, also one's own
+///   after it expired, **MUST** raise its epoch (`epoch_grows_with_owner`).
+/// - [`settle`](Self::settle) **MUST** change nothing for a shard whose epoch is no longer held, not even when the
+///   take-over happens meanwhile, and everything or nothing for each other shard (`settle_is_fenced`,
+///   `settle_is_partial_across_shards`). Repeating a settlement **MUST** change nothing more (`settle_repeats`).
+/// - No method works row by row; each has a bounded number of round trips, whatever the size of the batch.
+///
+/// # Cancel safety
+/// Every future **MUST** be safe to drop at any point: no transaction stays open, no connection returns to a pool
+/// in the middle of one, and what was done is done wholly or not at all.
+///
+/// # Errors
+/// [`crate::ErrorKind`] decides what the relay does: retryable kinds are retried with backoff; the others as well,
+/// but loudly, because a relay that stops delivers nothing.
+///
+/// # Example
+/// The crate documentation of the facade shows a complete store and the one line that proves it.
+#[async_trait]
+pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
+    /// What this store, as it is configured, can hold and do. Constant for the store's lifetime.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Renews the relay's membership and the leases it still holds, and takes free or expired shards until it has
+    /// [`LeaseRequest::want`]. Never takes a shard away from a live owner, nor gives one up: see `release`.
+    async fn lease(&self, request: &LeaseRequest) -> Result<Leases>;
+
+    /// Frees shards that are held under exactly these epochs, and ends the membership when `membership` says so.
+    async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()>;
+
+    /// The holds of these shards.
+    async fn holds(&self, shards: &[OwnedShard]) -> Result<Vec<Hold>>;
+
+    /// A new reader, with a connection of its own and no memory.
+    async fn reader(&self) -> Result<Box<dyn Reader>>;
+
+    /// Records what became of messages, fenced; says which shards were no longer held and thus left unchanged.
+    async fn settle(&self, settlement: &Settlement) -> Result<Settled>;
+
+    /// The state of the outbox, for people and metrics. Cheap: it may estimate.
+    async fn stats(&self) -> Result<Stats>;
+
+    /// Dead letters, if the store keeps them. Without them a message that cannot be delivered parks its key.
+    fn dead_letters(&self) -> Option<&dyn DeadLetters>;
+
+    /// Scheduled delivery, if the store has it.
+    fn scheduled(&self) -> Option<&dyn Scheduled>;
+
+    /// The archive of delivered messages, if the store is configured to keep them.
+    fn retention(&self) -> Option<&dyn Retention>;
+
+    /// Parked keys and topics as operators see them, if the store lets them be resumed.
+    fn parking(&self) -> Option<&dyn Parking>;
+
+    /// A hint that there may be work, if the store has one cheaper than polling.
+    fn wake_up(&self) -> Option<Box<dyn WakeUp>>;
+}
+
+/// Reads batches of undelivered messages of owned shards. Owns its connection and, if it has one, its cursor.
+///
+/// The relay throws a reader away on any error and asks the store for a new one.
+///
+/// # Contract
+/// - **C1** Of each (topic, key), as of one snapshot, the records returned **MUST** be the lowest undelivered visible
+///   ones that are not in flight, in order of position. A key may be left out wholly for now.
+/// - **C2** It **MUST NOT** return what is in flight, held, or of a shard that was not asked for.
+/// - **C3** Order between keys is free, but nothing starves: whatever arrives later, and however many records are
+///   held, a record is returned within a number of fetches bounded by the eligible records at its commit.
+/// - **C4** An empty batch with `more == false` **MUST** mean that nothing was eligible in that snapshot.
+/// - **C5** A cursor is for speed only: in memory, per shard **and epoch**, so that it restarts for a shard that was
+///   lost and regained, even between two fetches.
+/// - **C6** `in_flight` is what was read and is not known to be settled; the request's view is the one that counts.
+/// - **C7** Memory **MUST NOT** grow with the backlog.
+/// - **C8** When the server's identity changed or its numbers went back, it answers [`Fetched::Reset`].
+/// - At most `max_rows` records; at most `max_bytes` bytes, except that the first record always passes.
+///
+/// The simple reader is correct by construction: *undelivered rows of my shards, not in flight, not held, oldest
+/// first, limit n, in one statement*. It ignores `reread`. A faster one keeps the same contract.
+///
+/// # Cancel safety
+/// A reader whose fetch was dropped half-way is thrown away like one that failed.
+#[async_trait]
+pub trait Reader: Send + fmt::Debug {
+    /// Reads the next batch.
+    async fn fetch(&mut self, request: &FetchRequest) -> Result<Fetched>;
+}
+
+/// How messages of one key are ordered; chosen when the schema is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ordering {
+    /// Insert order, which is commit order when the producer locks its aggregate first.
+    #[default]
+    Insert,
+    /// Commit order by construction, with a number per key without gaps, sent as the header `outbox-key-seq`.
+    Sequenced,
+}
+
+/// What a store can hold and do. The conformance suite holds it to its word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// A name for people: `sqlite`, `postgres`.
+    pub name: &'static str,
+    /// How many shards, at least 1. Fixed when the schema is made.
+    pub shards: u16,
+    /// The order within a key.
+    pub ordering: Ordering,
+    /// Whether messages may have keys. Without keys there is no order.
+    pub keys: bool,
+    /// Whether any topic can be stored, or only this one.
+    pub fixed_topic: Option<Arc<str>>,
+    /// Whether headers are stored.
+    pub headers: bool,
+    /// Whether content types are stored.
+    pub content_types: bool,
+    /// Whether a message without a payload stays apart from one with an empty payload.
+    pub tombstones: bool,
+    /// Whether payloads, keys and header values are kept byte for byte, or must be JSON.
+    pub any_bytes: bool,
+    /// Whether the producer's message ids are stored, or ids are derived from positions.
+    pub message_ids: bool,
+}
+
+/// A count that may be cheaper than exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", content = "value", rename_all = "snake_case")]
+pub enum Count {
+    /// Counted.
+    Exact(u64),
+    /// Counted up to a bound: there are at least so many.
+    AtLeast(u64),
+    /// Estimated.
+    About(u64),
+}
+
+impl Count {
+    /// The number, however sure.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        match self {
+            Self::Exact(value) | Self::AtLeast(value) | Self::About(value) => value,
+        }
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(value) => write!(f, "{value}"),
+            Self::AtLeast(value) => write!(f, "≥ {value}"),
+            Self::About(value) => write!(f, "≈ {value}"),
+        }
+    }
+}
+
+/// The state of an outbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stats {
+    /// Undelivered messages, those held included, dead and scheduled ones not.
+    pub backlog: Count,
+    /// The age of the oldest of them.
+    pub oldest_age: Option<Duration>,
+    /// Keys, keyless messages and topics that wait for a retry.
+    pub retrying: u64,
+    /// Keys, keyless messages and topics that wait for an operator.
+    pub parked: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Messages not yet due.
+    pub scheduled: u64,
+    /// Delivered messages kept in the archive.
+    pub processed: Count,
+    /// Each shard's lease.
+    pub leases: Vec<LeaseStatus>,
+    /// Relays whose membership has not expired.
+    pub relays: Vec<RelayId>,
+}
+
+/// One shard's lease as people see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeaseStatus {
+    /// The shard.
+    pub shard: Shard,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its owner, when the lease has not expired.
+    pub owner: Option<RelayId>,
+    /// How long the lease still runs.
+    pub time_left: Duration,
+}

@@ -1,0 +1,3 @@
+//! The transactional outbox.
+
+pub use outbox_core::*;
