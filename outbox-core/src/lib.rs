@@ -10,6 +10,8 @@ mod hold;
 mod inbox;
 mod lease;
 mod message;
+pub mod metrics;
+mod relay;
 mod retention;
 mod scheduled;
 mod settle;
@@ -31,6 +33,7 @@ pub use message::{
     Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,
     RESERVED_HEADER_PREFIX, check_topic, is_reserved_header,
 };
+pub use relay::{Backoff, OnFailure, Relay, RelayConfig};
 pub use retention::Retention;
 pub use scheduled::{Promotion, Scheduled};
 pub use settle::{Death, Settled, Settlement, ShardSettlement};
