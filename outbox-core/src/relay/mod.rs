@@ -42,7 +42,7 @@ use crate::wake::Waker;
 /// # async fn main() -> outbox_core::Result<()> {
 /// let store = MemoryStore::default();
 /// let mut tx = store.begin();
-/// tx.enqueue(&[Message::builder("orders").key("42").payload("placed").build()?]).await?;
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").payload("placed").build()?).await?;
 /// tx.commit();
 ///
 /// let sink = MemorySink::default();

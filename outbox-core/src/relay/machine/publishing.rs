@@ -325,10 +325,12 @@ impl Machine {
                     shard,
                     record,
                     key,
-                    attempts,
-                    Some(now + pause),
+                    Wait {
+                        attempts,
+                        due: Some(now + pause),
+                        reason: Some(reason),
+                    },
                     now,
-                    Some(&reason),
                 );
                 self.resolve(shard, position);
             }
