@@ -36,7 +36,7 @@ use crate::wake::Waker;
 /// # Example
 /// ```
 /// use std::sync::Arc;
-/// use outbox_core::{Relay, memory::{MemorySink, MemoryStore}};
+/// use outbox_core::{MemorySink, MemoryStore, Relay};
 /// # use outbox_core::Message;
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> outbox_core::Result<()> {
