@@ -320,6 +320,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("bootstrap.servers", "it is set by the field bootstrap_servers"),
     ("metadata.broker.list", "it is set by the field bootstrap_servers"),
     ("transactional.id", "the sink does not write in transactions"),
+    (
+        "enable.gapless.guarantee",
+        "the sink sets it by itself, so that a refusal harms no other message",
+    ),
 ];
 
 fn refuse(name: &str, value: &str) -> Result<()> {

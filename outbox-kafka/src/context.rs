@@ -12,9 +12,13 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 
 use crate::classify::{Class, classify};
 use crate::config::Redactor;
+use crate::producer::Lane;
+use crate::suspects::Suspects;
 use crate::tracker::{Closing, Tracker, outcome};
 
 pub(crate) struct Context {
+    pub(crate) lane: Lane,
+    pub(crate) suspects: Suspects,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) redactor: Redactor,
 }
@@ -43,7 +47,12 @@ impl ClientContext for Context {
         let reason = self.redactor.apply(reason);
         tracing::debug!(?code, reason, "the client reports an error");
         match code {
-            Code::Fatal => self.tracker.close(Closing::new(Class::Broken, reason)),
+            // A refusal in the fast lane comes as a fatal error as well, but nothing is broken but this client.
+            Code::Fatal if reason.contains("gap-less") => {
+                self.tracker
+                    .close(Closing::new(Class::Unknown, reason).draining());
+            }
+            Code::Fatal => self.tracker.close(Closing::new(Class::Broken, reason).draining()),
             Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL => {
                 self.tracker.trouble(reason, 2, true);
             }
@@ -58,35 +67,52 @@ impl ProducerContext for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
-        match result {
+        let outcome = match result {
             // The offset may be unknown (-1001): a retry that the broker recognized as such has none.
-            Ok(_) => self.tracker.report(number, Outcome::Delivered),
-            Err((error, message)) => {
-                let outcome = self.failure(error, message.topic());
-                self.tracker.report(number, outcome);
-            }
+            Ok(_) => Outcome::Delivered,
+            Err((error, message)) => self.failure(error, message.topic()),
+        };
+        if self.lane == Lane::Careful {
+            self.tracker.out_of_careful();
         }
+        self.tracker.report(number, outcome);
     }
 }
 
 impl Context {
     fn failure(&self, error: &KafkaError, topic: &str) -> Outcome {
         let code = error.rdkafka_error_code().unwrap_or(Code::Fail);
-        let purged = matches!(code, Code::PurgeQueue | Code::PurgeInflight);
-        if let Some(closing) = self.tracker.closing()
-            && (purged || classify(code) == Class::Broken)
-        {
-            return closing.outcome();
-        }
         let class = classify(code);
         let reason = Reason::from(format!("{code} (topic {topic})"));
-        if !matches!(class, Class::Poison | Class::TopicBlocked) {
+        let closing = self.tracker.closing();
+        match (class, self.lane) {
+            (Class::Poison, Lane::Careful) => {
+                self.suspects.add(topic);
+                Outcome::Poison(reason)
+            }
+            // It may have been refused for another one's sake; which one, the careful lane will show.
+            (Class::Poison, Lane::Fast) => {
+                self.suspects.add(topic);
+                self.close(Class::Unknown, reason)
+            }
+            (Class::TopicBlocked, lane) => {
+                // Found out by the broker and not before: that was a refusal, and closed the producer.
+                if lane == Lane::Careful || closing.is_some() {
+                    self.suspects.add(topic);
+                }
+                Outcome::TopicBlocked(reason)
+            }
             // What follows must not go before this one has.
-            self.tracker.close(Closing {
-                class,
-                reason: reason.clone(),
-            });
+            (Class::Outage | Class::Unknown | Class::Broken, _) => self.close(class, reason),
         }
-        outcome(class, reason)
+    }
+
+    /// The outcome with which the producer is closed, now or before.
+    fn close(&self, class: Class, reason: Reason) -> Outcome {
+        self.tracker
+            .close(Closing::new(class, reason.as_str()).draining());
+        self.tracker
+            .closing()
+            .map_or_else(|| outcome(class, reason), |closing| closing.outcome())
     }
 }

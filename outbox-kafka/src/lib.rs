@@ -8,6 +8,7 @@ mod error;
 mod headers;
 mod producer;
 mod sink;
+mod suspects;
 mod topics;
 mod tracker;
 

@@ -1,6 +1,7 @@
 //! The sink.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,18 +9,18 @@ use async_trait::async_trait;
 use outbox_core::{
     Error, ErrorKind, Outcome, Parts, Reason, Receipt, Record, Result, Sink, SinkCapabilities, check_topic,
 };
-use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseRecord, Producer as _};
 use rdkafka::types::RDKafkaErrorCode as Code;
 
 use crate::classify::{Class, classify};
-use crate::config::{KafkaConfig, Redactor};
+use crate::config::KafkaConfig;
 use crate::error;
 use crate::headers;
-use crate::producer::{Patience, Producer};
+use crate::producer::{Client, Producer, Recipe};
+use crate::suspects::Suspects;
 use crate::topics::{self, Answers};
-use crate::tracker::{Closing, Phase, outcome};
+use crate::tracker::{Closing, Phase, Tracker, outcome};
 
 /// Publishes to Kafka.
 ///
@@ -41,10 +42,8 @@ use crate::tracker::{Closing, Phase, outcome};
 /// let sink = KafkaSink::new(&KafkaConfig::new("localhost:9092"))?;
 /// # Ok::<(), outbox_core::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct KafkaSink {
-    client: Client,
-    patience: Patience,
+    recipe: Recipe,
     request_timeout: Duration,
     /// The one that takes messages; none after a purge, until somebody needs one.
     producer: Option<Producer>,
@@ -54,22 +53,20 @@ pub struct KafkaSink {
     known: HashSet<Arc<str>>,
 }
 
-struct Client {
-    config: ClientConfig,
-    redactor: Redactor,
-}
-
-/// The configuration has passwords.
-impl std::fmt::Debug for Client {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Client")
-    }
-}
-
 /// How long [`Sink::purge`] waits for librdkafka's threads, which may be stuck in the system's name resolution.
 const PURGE_LIMIT: Duration = Duration::from_secs(3);
 /// After so many messages others get their turn on the executor.
 const YIELD_AFTER: usize = 256;
+
+/// The configuration has passwords.
+impl fmt::Debug for KafkaSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KafkaSink")
+            .field("producer", &self.producer)
+            .field("known_topics", &self.known.len())
+            .finish_non_exhaustive()
+    }
+}
 
 impl KafkaSink {
     /// A sink for these brokers. Does not wait for a connection.
@@ -79,13 +76,12 @@ impl KafkaSink {
     /// [`Unsupported`](ErrorKind::Unsupported) when it needs a feature that was not built in.
     pub fn new(config: &KafkaConfig) -> Result<Self> {
         let mut sink = Self {
-            client: Client {
+            recipe: Recipe {
                 config: config.prepare()?,
                 redactor: config.redactor(),
-            },
-            patience: Patience {
+                suspects: Suspects::default(),
                 silence: config.outage_after,
-                after_error: config.outage_after_error,
+                silence_after_error: config.outage_after_error,
             },
             request_timeout: config.request_timeout,
             producer: None,
@@ -93,12 +89,8 @@ impl KafkaSink {
             known: HashSet::new(),
         };
         // A wrong option shows here and not at the first message.
-        sink.producer = Some(sink.make()?);
+        sink.producer = Some(Producer::new(&sink.recipe)?);
         Ok(sink)
-    }
-
-    fn make(&self) -> Result<Producer> {
-        Producer::new(&self.client.config, &self.client.redactor, self.patience)
     }
 
     /// Makes sure that there is a producer, which may be closed.
@@ -107,7 +99,7 @@ impl KafkaSink {
             self.known.clear();
             self.producer = Some(match self.spare.take() {
                 Some(spare) if !spare.tracker.is_closed() => spare,
-                _ => self.make()?,
+                _ => Producer::new(&self.recipe)?,
             });
         }
         Ok(())
@@ -135,7 +127,7 @@ impl KafkaSink {
         if unknown.is_empty() {
             return Vec::new();
         }
-        let (client, timeout) = (producer.client.clone(), self.request_timeout);
+        let (client, timeout) = (producer.fast.clone(), self.request_timeout);
         let asked = tokio::task::spawn_blocking(move || {
             let answers = topics::ask(&client, &unknown, timeout);
             (answers, unknown)
@@ -163,21 +155,6 @@ impl KafkaSink {
         }
         blocked
     }
-
-    /// Waits for a producer's end, but not for ever.
-    async fn discard(&mut self, producer: Producer, why: &str) {
-        let Producer { client, tracker } = producer;
-        tracker.close(Closing::new(Class::Unknown, why));
-        if !tracker.reached(Phase::Resolved, PURGE_LIMIT).await {
-            tracing::warn!("the kafka producer does not end; its messages are taken as unknown");
-            tracker.resolve_all();
-        }
-        // Its thread has the last reference now, and destroys it.
-        drop(client);
-        if !tracker.reached(Phase::Gone, PURGE_LIMIT).await {
-            tracing::warn!("the threads of a kafka producer have not ended yet");
-        }
-    }
 }
 
 #[async_trait]
@@ -197,14 +174,26 @@ impl Sink for KafkaSink {
             return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
         }
         let blocked = self.blocked_topics(&batch).await;
-        let Some(producer) = &self.producer else {
+        let Some(producer) = &mut self.producer else {
             return Receipt::ready(vec![Outcome::Skipped; batch.len()]);
         };
-        let tracker = &producer.tracker;
+        let tracker = producer.tracker.clone();
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
             return Receipt::ready(vec![closing.outcome(); batch.len()]);
         }
+        let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
+        let careful = if suspects.is_empty() {
+            None
+        } else {
+            match producer.careful() {
+                Ok(careful) => Some(careful),
+                Err(error) => {
+                    tracker.close(Closing::new(Class::Broken, error.to_string()));
+                    return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
+                }
+            }
+        };
         let messages = batch.len();
         let (first, outcomes) = tracker.register(messages);
         for (number, record) in (first..).zip(batch) {
@@ -221,7 +210,16 @@ impl Sink for KafkaSink {
                 tracker.resolve(number, Outcome::TopicBlocked(reason.clone()));
                 continue;
             }
-            match hand_over(producer, &parts, key_seq, number).await {
+            let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
+            if careful.is_some() {
+                tracker.into_careful();
+            }
+            let client = careful.unwrap_or(&producer.fast);
+            let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
+            if careful.is_some() && !matches!(handed, Handed::Over) {
+                tracker.out_of_careful();
+            }
+            match handed {
                 Handed::Over => {}
                 Handed::Refused(outcome) => tracker.resolve(number, outcome),
                 // The rest is resolved with what is being purged.
@@ -241,14 +239,14 @@ impl Sink for KafkaSink {
             producer
                 .as_ref()
                 .filter(|producer| !producer.tracker.is_closed())
-                .map(|producer| (producer.client.clone(), producer.tracker.clone()))
+                .map(|producer| (producer.fast.clone(), producer.tracker.clone()))
         };
         let found = usable(&self.producer).or_else(|| usable(&self.spare));
         let (client, tracker) = match found {
             Some(found) => found,
             None => {
-                let spare = self.make()?;
-                let found = (spare.client.clone(), spare.tracker.clone());
+                let spare = Producer::new(&self.recipe)?;
+                let found = (spare.fast.clone(), spare.tracker.clone());
                 self.spare = Some(spare);
                 found
             }
@@ -281,15 +279,30 @@ impl Sink for KafkaSink {
             return;
         }
         if let Some(producer) = self.producer.take() {
-            self.discard(producer, "dropped by the relay").await;
+            discard(producer, "dropped by the relay").await;
         }
     }
 
     async fn rebuild(&mut self) -> Result<()> {
         if let Some(producer) = self.producer.take() {
-            self.discard(producer, "the producer is made anew").await;
+            discard(producer, "the producer is made anew").await;
         }
         self.ensure_producer()
+    }
+}
+
+/// Waits for a producer's end, but not for ever.
+async fn discard(producer: Producer, why: &str) {
+    let tracker = producer.tracker.clone();
+    tracker.close(Closing::new(Class::Unknown, why));
+    if !tracker.reached(Phase::Resolved, PURGE_LIMIT).await {
+        tracing::warn!("the kafka producer does not end; its messages are taken as unknown");
+        tracker.resolve_all();
+    }
+    // Its threads have the last references then, and destroy it.
+    drop(producer);
+    if !tracker.reached(Phase::Gone, PURGE_LIMIT).await {
+        tracing::warn!("the threads of a kafka producer have not ended yet");
     }
 }
 
@@ -301,8 +314,13 @@ enum Handed {
 }
 
 /// Hands a message over, waiting while the queue is full.
-async fn hand_over(producer: &Producer, parts: &Parts, key_seq: Option<i64>, number: usize) -> Handed {
-    let tracker = &producer.tracker;
+async fn hand_over(
+    client: &Client,
+    tracker: &Tracker,
+    parts: &Parts,
+    key_seq: Option<i64>,
+    number: usize,
+) -> Handed {
     let mut record = BaseRecord {
         topic: &parts.topic,
         partition: None,
@@ -313,7 +331,7 @@ async fn hand_over(producer: &Producer, parts: &Parts, key_seq: Option<i64>, num
         delivery_opaque: number,
     };
     loop {
-        let attempt = tracker.unless_closed(|| match producer.client.send(record) {
+        let attempt = tracker.unless_closed(|| match client.send(record) {
             Ok(()) => Attempt::Sent,
             Err((KafkaError::MessageProduction(Code::QueueFull), same)) => Attempt::Full(same),
             Err((error, _)) => Attempt::Failed(error.rdkafka_error_code().unwrap_or(Code::InvalidArgument)),
@@ -329,7 +347,7 @@ async fn hand_over(producer: &Producer, parts: &Parts, key_seq: Option<i64>, num
                 if matches!(class, Class::Poison | Class::TopicBlocked) {
                     return Handed::Refused(outcome(class, reason));
                 }
-                tracker.close(Closing { class, reason });
+                tracker.close(Closing::new(class, reason.as_str()).draining());
                 return Handed::Closed;
             }
         }

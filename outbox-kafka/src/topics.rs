@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use outbox_core::Reason;
 use rdkafka::error::KafkaError;
 use rdkafka::metadata::MetadataTopic;
-use rdkafka::producer::{BaseProducer, Producer as _};
+use rdkafka::producer::Producer as _;
 use rdkafka::types::RDKafkaErrorCode as Code;
 
 use crate::classify::{Class, classify};
-use crate::context::Context;
+use crate::producer::Client;
 
 /// What was found out about topics.
 #[derive(Debug, Default)]
@@ -30,7 +30,7 @@ pub(crate) struct Answers {
 const MANY: usize = 20;
 
 /// Asks the brokers; blocks for at most `timeout`.
-pub(crate) fn ask(client: &BaseProducer<Context>, topics: &[Arc<str>], timeout: Duration) -> Answers {
+pub(crate) fn ask(client: &Client, topics: &[Arc<str>], timeout: Duration) -> Answers {
     let end = Instant::now() + timeout;
     let mut answers = Answers::default();
     if topics.len() >= MANY {

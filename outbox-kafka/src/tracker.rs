@@ -1,11 +1,11 @@
 //! What was handed to a producer and not yet answered.
 //!
-//! One tracker belongs to one producer, from its making to its end. Messages are numbered as they are handed over,
+//! One tracker belongs to one producer with its lanes, from its making to its end. Messages are numbered as they are handed over,
 //! the number travels through librdkafka with the message, and its delivery report finds the place of its outcome by
 //! it: no allocation, no channel for each message.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub(crate) enum Phase {
 pub(crate) struct Closing {
     pub(crate) class: Class,
     pub(crate) reason: Reason,
+    /// Whether what is on its way is waited for: the brokers are well, and each acknowledgement saves a duplicate.
+    pub(crate) drain: bool,
 }
 
 impl Closing {
@@ -39,7 +41,12 @@ impl Closing {
         Self {
             class,
             reason: reason.into(),
+            drain: false,
         }
+    }
+
+    pub(crate) fn draining(self) -> Self {
+        Self { drain: true, ..self }
     }
 
     pub(crate) fn outcome(&self) -> Outcome {
@@ -69,6 +76,8 @@ pub(crate) struct Tracker {
     /// Whether a publisher waits for room; spares the reports the notification.
     waiting: AtomicBool,
     progress: Notify,
+    /// Messages that the careful lane has.
+    careful: AtomicUsize,
     phase: watch::Sender<Phase>,
 }
 
@@ -79,6 +88,9 @@ struct Table {
     open: usize,
     /// The last report, or when the first of the open messages came after there were none.
     quiet_since: Instant,
+    /// Lanes that have not been purged, and lanes whose threads have not ended.
+    unpurged: usize,
+    running: usize,
     closing: Option<Closing>,
     trouble: Option<Trouble>,
 }
@@ -121,6 +133,8 @@ impl Tracker {
                 next: 0,
                 open: 0,
                 quiet_since: Instant::now(),
+                unpurged: 0,
+                running: 0,
                 closing: None,
                 trouble: None,
             }),
@@ -128,6 +142,7 @@ impl Tracker {
             closed: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
             progress: Notify::new(),
+            careful: AtomicUsize::new(0),
             phase: watch::Sender::new(Phase::Open),
         })
     }
@@ -191,6 +206,20 @@ impl Tracker {
         }
     }
 
+    /// A message goes into the careful lane.
+    pub(crate) fn into_careful(&self) {
+        self.careful.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A message came out of the careful lane.
+    pub(crate) fn out_of_careful(&self) {
+        self.careful.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn careful_is_empty(&self) -> bool {
+        self.careful.load(Ordering::Relaxed) == 0
+    }
+
     /// Waits until there may be room again.
     pub(crate) async fn room(&self) {
         self.waiting.store(true, Ordering::Relaxed);
@@ -248,7 +277,37 @@ impl Tracker {
         self.advance(Phase::Resolved);
     }
 
-    pub(crate) fn advance(&self, to: Phase) {
+    pub(crate) fn lane_starts(&self) {
+        let mut table = self.table();
+        table.unpurged += 1;
+        table.running += 1;
+    }
+
+    /// A lane has nothing more; with the last one all is known.
+    pub(crate) fn lane_is_purged(&self) {
+        let last = {
+            let mut table = self.table();
+            table.unpurged -= 1;
+            table.unpurged == 0
+        };
+        if last {
+            self.resolve_all();
+        }
+    }
+
+    pub(crate) fn lane_ends(&self) {
+        let last = {
+            let mut table = self.table();
+            table.running -= 1;
+            table.running == 0
+        };
+        if last {
+            self.resolve_all();
+            self.advance(Phase::Gone);
+        }
+    }
+
+    fn advance(&self, to: Phase) {
         self.phase.send_if_modified(|phase| {
             let later = to > *phase;
             *phase = to.max(*phase);

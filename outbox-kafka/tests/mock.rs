@@ -1,6 +1,7 @@
 //! Against librdkafka's mock cluster: which error becomes which outcome, and that order survives.
 //!
 //! The mock is not faithful for sequence numbers; order and loss are proven on a real broker.
+#![allow(clippy::unwrap_used, reason = "clippy takes only #[test] functions for tests")]
 
 mod common;
 

@@ -6,11 +6,14 @@
     reason = "clippy takes only #[test] functions for tests"
 )]
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use outbox_core::{Message, MessageBuilder, Outcome, Position, Record, Shard, Sink};
 use outbox_kafka::{KafkaConfig, KafkaSink};
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::OwnedMessage;
 use rdkafka::{Offset, TopicPartitionList};
@@ -51,6 +54,38 @@ pub fn quick(servers: impl Into<String>) -> KafkaConfig {
 /// Publishes and waits; panics when there is no answer for half a minute.
 pub async fn publish(sink: &mut KafkaSink, batch: Vec<Record>) -> Vec<Outcome> {
     within(30, async { sink.publish(batch).await.outcomes().await }).await
+}
+
+/// Publishes as a relay does: what is not known to be settled is sent again, in order, after a purge. Says how often.
+pub async fn deliver(sink: &mut KafkaSink, batch: Vec<Record>) -> (Vec<Outcome>, usize) {
+    let mut outcomes = vec![Outcome::Skipped; batch.len()];
+    let mut left: Vec<usize> = (0..batch.len()).collect();
+    for purges in 0..20 {
+        let again = left.iter().map(|index| batch[*index].clone()).collect();
+        for (index, outcome) in left.iter().zip(publish(sink, again).await) {
+            outcomes[*index] = outcome;
+        }
+        left.retain(|index| {
+            matches!(
+                outcomes[*index],
+                Outcome::Unknown(_) | Outcome::Outage(_) | Outcome::Broken(_)
+            )
+        });
+        if left.is_empty() {
+            return (outcomes, purges);
+        }
+        sink.purge().await;
+    }
+    panic!("never settled: {:?}", outcomes[left[0]]);
+}
+
+/// How many there are of each class.
+pub fn count(outcomes: &[Outcome]) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for outcome in outcomes {
+        *counts.entry(outcome.as_str()).or_default() += 1;
+    }
+    counts
 }
 
 pub async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> T {
@@ -115,4 +150,57 @@ pub fn threads() -> usize {
         .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
         .filter(|name| name.starts_with("rdk:") || name.starts_with("outbox-kafka"))
         .count()
+}
+
+/// The real broker that the tests talk to as administrator.
+pub fn broker() -> String {
+    env("OUTBOX_TEST_KAFKA")
+}
+
+/// A variable that scripts/services gives.
+pub fn env(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run scripts/services start && eval \"$(scripts/services env)\"")
+    })
+}
+
+pub fn admin(servers: &str) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new()
+        .set("bootstrap.servers", servers)
+        .create()
+        .unwrap()
+}
+
+/// Makes a topic of a name of its own on the real broker.
+pub async fn new_topic(partitions: i32, config: &[(&str, &str)]) -> String {
+    let name = fresh_name();
+    create_topic(&name, partitions, config).await;
+    name
+}
+
+pub fn fresh_name() -> String {
+    format!("test-{}", outbox_core::MessageId::new())
+}
+
+pub async fn create_topic(name: &str, partitions: i32, config: &[(&str, &str)]) {
+    let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+    for (option, value) in config {
+        topic = topic.set(option, value);
+    }
+    let admin = admin(&broker());
+    for result in admin.create_topics(&[topic], &AdminOptions::new()).await.unwrap() {
+        result.unwrap();
+    }
+    // Answered by the controller; the broker itself learns a little later.
+    for _ in 0..100 {
+        let metadata = admin
+            .inner()
+            .fetch_metadata(Some(name), Duration::from_secs(5))
+            .unwrap();
+        if metadata.topics()[0].partitions().len() == usize::try_from(partitions).unwrap() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{name} was not made");
 }
