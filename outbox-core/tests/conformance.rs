@@ -86,3 +86,5 @@ outbox_core::store_conformance!(OneShard, one_shard, start_paused = true);
 outbox_core::store_conformance!(Sequenced, sequenced, start_paused = true);
 outbox_core::store_conformance!(Archiving, archiving, start_paused = true);
 outbox_core::store_conformance!(WithoutPowers, without_powers, start_paused = true);
+// Real time and threads, as users of the macro have them.
+outbox_core::store_conformance!(EightShards, on_threads, flavor = "multi_thread");

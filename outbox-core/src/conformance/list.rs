@@ -79,6 +79,63 @@ macro_rules! __for_each_store_scenario {
             settle::settle_excludes_take_over [];
             settle::settlements_run_side_by_side [];
             settle::settle_of_nothing [];
+
+            dead::dead_letter_keeps_whole [DeadLetters];
+            dead::dead_letter_list_pages [DeadLetters];
+            dead::dead_letter_list_by_topic [DeadLetters, Topics];
+            dead::dead_letter_requeue_once [DeadLetters];
+            dead::dead_letter_requeue_whole [DeadLetters];
+            dead::dead_letter_discard [DeadLetters];
+            dead::nothing_is_stranded [DeadLetters];
+            dead::dead_letters_may_share_an_id [DeadLetters, MessageIds];
+            dead::deaths_are_refused_without_dead_letters [NoDeadLetters];
+
+            parking::parked_is_listed [Parking];
+            parking::parked_resumes [Parking];
+            parking::parked_is_buried [Parking, DeadLetters];
+            parking::only_parked_is_resumed [Parking];
+            parking::parked_topic_is_not_buried [Parking];
+
+            scheduled::scheduled_waits [Scheduled];
+            scheduled::scheduled_in_order [Scheduled];
+            scheduled::scheduled_is_fenced [Scheduled];
+            scheduled::scheduled_keeps_limit [Scheduled];
+            scheduled::scheduled_in_the_past_goes_at_once [Scheduled];
+            scheduled::scheduled_rolls_back [Scheduled];
+            scheduled::scheduled_is_refused_without [NoScheduled];
+
+            retention::retention_archives [Retention];
+            retention::retention_purges_old_only [Retention];
+
+            stats::stats_count_backlog [];
+            stats::stats_tell_age [];
+            stats::stats_count_holds [];
+            stats::stats_tell_leases [];
+
+            bytes::bytes_survive [AnyBytes];
+            bytes::messages_survive [];
+            bytes::no_key_is_not_an_empty_key [Keys];
+            bytes::tombstone_is_not_empty [Tombstones];
+            bytes::headers_survive [Headers];
+            bytes::content_type_survives [ContentTypes];
+            bytes::largest_survive [];
+            bytes::hostile_keys_are_held [Keys, AnyBytes];
+            bytes::ids_need_not_be_unique [MessageIds];
+            bytes::records_are_fresh [];
+
+            honesty::capabilities_are_constant [];
+            honesty::what_cannot_be_held_is_refused [];
+            honesty::no_archive_without_retention [];
+            honesty::wake_up_can_be_dropped [WakeUp];
+
+            sequenced::sequence_has_no_gaps [Sequenced, Keys];
+            sequenced::sequence_counts_by_topic [Sequenced, Keys, Topics];
+            sequenced::sequence_survives_rollback [Sequenced, Keys];
+            sequenced::sequence_is_commit_order [Sequenced, Keys, Concurrent];
+            sequenced::keyless_have_no_sequence [];
+            sequenced::sequence_goes_on_after_death [Sequenced, Keys, DeadLetters];
+
+            schedules::random_schedules [];
         }
     };
 }
