@@ -261,6 +261,8 @@ const DEFAULTS: &[(&str, &str)] = &[
     // The partition of a key is then the one that Java clients choose.
     ("partitioner", "murmur2_random"),
     ("socket.keepalive.enable", "true"),
+    // librdkafka's own is 10 s, which turns an interruption of one second into an outage.
+    ("reconnect.backoff.max.ms", "1000"),
 ];
 
 /// Other names of options that have a default here.

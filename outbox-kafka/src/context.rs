@@ -73,7 +73,7 @@ impl ProducerContext for Context {
             Err((error, message)) => self.failure(error, message.topic()),
         };
         if self.lane == Lane::Careful {
-            self.tracker.out_of_careful();
+            self.tracker.leave_careful();
         }
         self.tracker.report(number, outcome);
     }
@@ -93,7 +93,7 @@ impl Context {
             // It may have been refused for another one's sake; which one, the careful lane will show.
             (Class::Poison, Lane::Fast) => {
                 self.suspects.add(topic);
-                self.close(Class::Unknown, reason)
+                self.close(Class::Unknown, reason, topic)
             }
             (Class::TopicBlocked, lane) => {
                 // Found out by the broker and not before: that was a refusal, and closed the producer.
@@ -103,16 +103,16 @@ impl Context {
                 Outcome::TopicBlocked(reason)
             }
             // What follows must not go before this one has.
-            (Class::Outage | Class::Unknown | Class::Broken, _) => self.close(class, reason),
+            (Class::Outage | Class::Unknown | Class::Broken, _) => self.close(class, reason, topic),
         }
     }
 
     /// The outcome with which the producer is closed, now or before.
-    fn close(&self, class: Class, reason: Reason) -> Outcome {
+    fn close(&self, class: Class, reason: Reason, topic: &str) -> Outcome {
         self.tracker
             .close(Closing::new(class, reason.as_str()).draining());
         self.tracker
             .closing()
-            .map_or_else(|| outcome(class, reason), |closing| closing.outcome())
+            .map_or_else(|| outcome(class, reason), |closing| closing.outcome(topic))
     }
 }

@@ -180,7 +180,8 @@ impl Sink for KafkaSink {
         let tracker = producer.tracker.clone();
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
-            return Receipt::ready(vec![closing.outcome(); batch.len()]);
+            let outcomes = batch.iter().map(|record| closing.outcome(record.message.topic()));
+            return Receipt::ready(outcomes.collect());
         }
         let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
         let careful = if suspects.is_empty() {
@@ -195,13 +196,16 @@ impl Sink for KafkaSink {
             }
         };
         let messages = batch.len();
-        let (first, outcomes) = tracker.register(messages);
-        for (number, record) in (first..).zip(batch) {
+        let batch: Vec<_> = batch
+            .into_iter()
+            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
+            .collect();
+        let topics = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
+        let (first, outcomes) = tracker.register(topics);
+        for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
             if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
                 tokio::task::yield_now().await;
             }
-            let (key_seq, defect) = (record.key_seq, record.defect);
-            let parts = record.message.into_parts();
             if let Some(reason) = refusal(&parts, defect) {
                 tracker.resolve(number, Outcome::Poison(reason));
                 continue;
@@ -212,12 +216,12 @@ impl Sink for KafkaSink {
             }
             let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
             if careful.is_some() {
-                tracker.into_careful();
+                tracker.enter_careful();
             }
             let client = careful.unwrap_or(&producer.fast);
             let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
             if careful.is_some() && !matches!(handed, Handed::Over) {
-                tracker.out_of_careful();
+                tracker.leave_careful();
             }
             match handed {
                 Handed::Over => {}

@@ -4,7 +4,7 @@
 //! the number travels through librdkafka with the message, and its delivery report finds the place of its outcome by
 //! it: no allocation, no channel for each message.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,6 +34,8 @@ pub(crate) struct Closing {
     pub(crate) reason: Reason,
     /// Whether what is on its way is waited for: the brokers are well, and each acknowledgement saves a duplicate.
     pub(crate) drain: bool,
+    /// Topics that are the cause, and why: their messages are blocked.
+    pub(crate) blocked: HashMap<Arc<str>, Reason>,
 }
 
 impl Closing {
@@ -42,6 +44,7 @@ impl Closing {
             class,
             reason: reason.into(),
             drain: false,
+            blocked: HashMap::new(),
         }
     }
 
@@ -49,8 +52,12 @@ impl Closing {
         Self { drain: true, ..self }
     }
 
-    pub(crate) fn outcome(&self) -> Outcome {
-        outcome(self.class, self.reason.clone())
+    /// What becomes of a message of `topic`.
+    pub(crate) fn outcome(&self, topic: &str) -> Outcome {
+        match self.blocked.get(topic) {
+            Some(reason) => Outcome::TopicBlocked(reason.clone()),
+            None => outcome(self.class, self.reason.clone()),
+        }
     }
 }
 
@@ -108,17 +115,17 @@ struct Trouble {
 #[derive(Debug)]
 struct Batch {
     first: usize,
+    topics: Vec<Arc<str>>,
     outcomes: Vec<Option<Outcome>>,
     open: usize,
+    since: Instant,
     receipt: oneshot::Sender<Vec<Outcome>>,
 }
 
 impl Batch {
-    fn resolve(self, rest: &Outcome) {
-        let outcomes = self
-            .outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(|| rest.clone()))
+    fn resolve(self, rest: impl Fn(&str) -> Outcome) {
+        let outcomes = std::iter::zip(self.outcomes, &self.topics)
+            .map(|(outcome, topic)| outcome.unwrap_or_else(|| rest(topic)))
             .collect();
         // The relay may have dropped the receipt: then nobody waits.
         let _ = self.receipt.send(outcomes);
@@ -153,17 +160,21 @@ impl Tracker {
     }
 
     /// Makes room for a batch's outcomes: the number of its first message, and where they will appear.
-    pub(crate) fn register(&self, messages: usize) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
+    pub(crate) fn register(&self, topics: Vec<Arc<str>>) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
         let (receipt, outcomes) = oneshot::channel();
+        let messages = topics.len();
+        let now = Instant::now();
         let mut table = self.table();
         let first = table.next;
         table.next += messages;
         if table.open == 0 {
-            table.quiet_since = Instant::now();
+            table.quiet_since = now;
         }
         table.open += messages;
         table.batches.push_back(Batch {
             first,
+            topics,
+            since: now,
             outcomes: vec![None; messages],
             open: messages,
             receipt,
@@ -184,7 +195,7 @@ impl Tracker {
             table.resolve(number, outcome)
         };
         if let Some(batch) = done {
-            batch.resolve(&Outcome::Skipped);
+            batch.resolve(|_| Outcome::Skipped);
         }
     }
 
@@ -199,7 +210,7 @@ impl Tracker {
             table.resolve(number, outcome)
         };
         if let Some(batch) = done {
-            batch.resolve(&Outcome::Skipped);
+            batch.resolve(|_| Outcome::Skipped);
         }
         if self.waiting.load(Ordering::Relaxed) {
             self.progress.notify_one();
@@ -207,12 +218,12 @@ impl Tracker {
     }
 
     /// A message goes into the careful lane.
-    pub(crate) fn into_careful(&self) {
+    pub(crate) fn enter_careful(&self) {
         self.careful.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A message came out of the careful lane.
-    pub(crate) fn out_of_careful(&self) {
+    pub(crate) fn leave_careful(&self) {
         self.careful.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -262,17 +273,18 @@ impl Tracker {
 
     /// Resolves what is left.
     pub(crate) fn resolve_all(&self) {
-        let (batches, rest) = {
+        let (batches, closing) = {
             let mut table = self.table();
             table.open = 0;
-            let rest = table.closing.as_ref().map_or_else(
-                || Outcome::Unknown("the producer has ended".into()),
-                Closing::outcome,
-            );
-            (std::mem::take(&mut table.batches), rest)
+            (std::mem::take(&mut table.batches), table.closing.clone())
         };
         for batch in batches {
-            batch.resolve(&rest);
+            batch.resolve(|topic| {
+                closing.as_ref().map_or_else(
+                    || Outcome::Unknown("the producer has ended".into()),
+                    |closing| closing.outcome(topic),
+                )
+            });
         }
         self.advance(Phase::Resolved);
     }
@@ -354,8 +366,26 @@ impl Tracker {
             .map(|trouble| trouble.reason.clone())
     }
 
+    /// The topics of messages that have waited for longer than `limit`, at most a few.
+    pub(crate) fn waiting_topics(&self, limit: Duration) -> Vec<Arc<str>> {
+        let table = self.table();
+        let mut waiting: Vec<Arc<str>> = Vec::new();
+        for batch in table
+            .batches
+            .iter()
+            .take_while(|batch| batch.since.elapsed() >= limit)
+        {
+            for (outcome, topic) in batch.outcomes.iter().zip(&batch.topics) {
+                if outcome.is_none() && waiting.len() < 10 && !waiting.contains(topic) {
+                    waiting.push(topic.clone());
+                }
+            }
+        }
+        waiting
+    }
+
     /// Whether the silence has lasted so long that the destination is out, and why.
-    pub(crate) fn silent(&self, limit: Duration, limit_after_error: Duration) -> Option<Closing> {
+    pub(crate) fn silent(&self, limit: Duration, limit_after_error: Duration) -> Option<Silence> {
         let table = self.table();
         if table.open == 0 || table.closing.is_some() {
             return None;
@@ -372,8 +402,19 @@ impl Tracker {
             Some(trouble) => format!("no acknowledgement for {silence:.1?}: {}", trouble.reason),
             None => format!("no acknowledgement for {silence:.1?}, and no error either"),
         };
-        Some(Closing::new(Class::Outage, reason))
+        Some(Silence {
+            closing: Closing::new(Class::Outage, reason),
+            explained: said,
+        })
     }
+}
+
+/// A silence that is an outage, unless a topic turns out to be the cause.
+#[derive(Debug)]
+pub(crate) struct Silence {
+    pub(crate) closing: Closing,
+    /// Whether the client itself said that nobody can go.
+    pub(crate) explained: bool,
 }
 
 /// How long an error counts that was said before there was anything to send.
@@ -402,11 +443,15 @@ impl Table {
 mod tests {
     use super::*;
 
+    fn topics(messages: usize) -> Vec<Arc<str>> {
+        vec!["t".into(); messages]
+    }
+
     #[test]
     fn each_batch_gets_its_outcomes_in_order_whatever_the_order_of_reports() {
         let tracker = Tracker::new();
-        let (first, mut one) = tracker.register(2);
-        let (second, mut two) = tracker.register(3);
+        let (first, mut one) = tracker.register(topics(2));
+        let (second, mut two) = tracker.register(topics(3));
         assert_eq!((first, second), (0, 2));
         for number in [4, 1, 2, 3] {
             tracker.report(number, Outcome::Delivered);
@@ -424,7 +469,7 @@ mod tests {
     #[test]
     fn what_is_left_at_the_end_is_resolved_by_its_reason_and_late_reports_are_ignored() {
         let tracker = Tracker::new();
-        let (_, mut outcomes) = tracker.register(2);
+        let (_, mut outcomes) = tracker.register(topics(2));
         tracker.report(0, Outcome::Delivered);
         tracker.close(Closing::new(Class::Outage, "gone"));
         tracker.close(Closing::new(Class::Broken, "the second reason does not count"));
@@ -443,13 +488,14 @@ mod tests {
         let tracker = Tracker::new();
         let (long, short, none) = (Duration::from_secs(60), Duration::ZERO, Duration::ZERO);
         assert!(tracker.silent(none, none).is_none(), "nothing waits");
-        let (number, _outcomes) = tracker.register(1);
+        let (number, _outcomes) = tracker.register(topics(1));
         assert!(tracker.silent(long, short).is_none());
         tracker.trouble("one of three is down".into(), 0, false);
         assert!(tracker.silent(long, short).is_none());
         tracker.trouble("wrong password".into(), 2, true);
         tracker.trouble("all brokers down".into(), 1, true);
-        let closing = tracker.silent(long, short).unwrap();
+        let Silence { closing, explained } = tracker.silent(long, short).unwrap();
+        assert!(explained);
         assert_eq!(closing.class, Class::Outage);
         assert!(closing.reason.as_str().contains("wrong password"), "{closing:?}");
         tracker.report(number, Outcome::Delivered);
