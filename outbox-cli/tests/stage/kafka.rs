@@ -83,8 +83,6 @@ impl OwnBroker {
     fn services(&self, command: &str) -> String {
         let output = Command::new(self.checkout.join("scripts/services"))
             .args([command, "kafka"])
-            // An owner of another shell's broker would be asked for its, and not for this one.
-            .env_remove("CARGO_TARGET_DIR")
             .stderr(Stdio::inherit())
             .output()
             .unwrap();
@@ -95,8 +93,11 @@ impl OwnBroker {
 
 impl Drop for OwnBroker {
     fn drop(&mut self) {
-        let _ = Command::new(self.checkout.join("scripts/services"))
-            .args(["clean", "kafka"])
-            .status();
+        let services = self.checkout.join("scripts/services");
+        let _ = Command::new(services).args(["clean", "kafka"]).status();
+        // The folder that was made for this checkout, outside of it.
+        if let Ok(base) = std::fs::read_link(self.checkout.join("target/services")) {
+            let _ = std::fs::remove_dir_all(base);
+        }
     }
 }
