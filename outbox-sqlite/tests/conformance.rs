@@ -1,4 +1,10 @@
 //! The conformance suite, one named test a scenario, in each configuration.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 use std::sync::Arc;
 
