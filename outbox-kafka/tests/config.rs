@@ -212,12 +212,10 @@ async fn secrets_are_never_told() {
             "ssl.key.pem",
             "-----BEGIN PRIVATE KEY-----\ncanary-key-pem-canary\n-----END PRIVATE KEY-----",
         ),
-        ("ssl.keystore.location", "/canary-keystore"),
         ("sasl.oauthbearer.config", "canary oauth"),
         ("sasl.oauthbearer.client.secret", "canary-client-secret"),
         ("sasl.password", "canary\0nul"),
         ("sasl.jaas.config", "password=canary"),
-        ("plugin.library.paths", "canary-path"),
     ] {
         let config = with(&options).option(name, value);
         told += &format!("{config:?}");
@@ -228,6 +226,8 @@ async fn secrets_are_never_told() {
     }
     told += &String::from_utf8_lossy(&captured.0.lock().unwrap());
     assert!(told.contains("librdkafka"), "the log was not captured");
-    let found: Vec<_> = told.lines().filter(|line| line.contains("canary")).collect();
-    assert!(found.is_empty(), "{found:#?}");
+    if let Some(at) = told.find("canary") {
+        let around = told.floor_char_boundary(at.saturating_sub(100))..told.ceil_char_boundary(at + 100);
+        panic!("{}", &told[around]);
+    }
 }
