@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod clock;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod dead;
 mod enqueue;
 mod error;
@@ -9,6 +11,7 @@ mod headers;
 mod hold;
 mod inbox;
 mod lease;
+mod memory;
 mod message;
 mod retention;
 mod scheduled;
@@ -27,6 +30,7 @@ pub use headers::Headers;
 pub use hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState, Parking};
 pub use inbox::{Inbox, MIN_INBOX_AGE, Receive, check_age};
 pub use lease::{LeaseRequest, LeaseRow, LeaseTable, Leases, Membership, RelayId, StoreMillis, millis};
+pub use memory::{MemoryConfig, MemoryFault, MemoryInbox, MemorySink, MemoryStore, MemoryTransaction};
 pub use message::{
     Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,
     RESERVED_HEADER_PREFIX, check_topic, is_reserved_header,
