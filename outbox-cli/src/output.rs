@@ -30,6 +30,10 @@ pub(crate) fn notice(text: impl AsRef<str>) {
 
 /// Says why the program ends.
 pub(crate) fn failure(failure: &Failure, verbose: bool) {
+    // A reader of stdout that has gone has heard enough: `outbox status | head -1` is no failure to talk about.
+    if failure.line.is_empty() {
+        return;
+    }
     notice(format!("outbox: {}", one_line(&failure.line)));
     if verbose {
         for cause in &failure.chain {
@@ -89,7 +93,10 @@ fn wants_colours() -> bool {
 fn write(out: &mut impl Write, text: &str) -> Result<()> {
     writeln!(out, "{text}")
         .and_then(|()| out.flush())
-        .map_err(|error| Failure::new(Code::Unavailable, format!("write stdout: {error}")).because(&error))
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Code::Unavailable, ""),
+            _ => Failure::new(Code::Unavailable, format!("write stdout: {error}")).because(&error),
+        })
 }
 
 /// Errors of libraries may have several lines; a log collector wants one.
