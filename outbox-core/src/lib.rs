@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod clock;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod dead;
 mod enqueue;
 mod error;

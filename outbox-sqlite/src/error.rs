@@ -1,5 +1,7 @@
 //! The one mapping from what SQLite says to what to do about it.
 
+use std::borrow::Cow;
+
 use outbox_core::{Error, ErrorKind, Result};
 use rusqlite::ErrorCode;
 use rusqlite::ffi;
@@ -20,11 +22,18 @@ pub(crate) fn classify(operation: &'static str, error: rusqlite::Error) -> Error
     let (kind, text) = explain(&error);
     let text = match text {
         Some(text) => text.into(),
-        // Constraints and syntax errors name what they mean; statements are ours and values are bound, so that
-        // SQLite's texts hold no data.
-        None => error.to_string().into(),
+        // Constraints name what they mean. Statements are ours and values are bound: SQLite's texts hold no data.
+        None => match &error {
+            rusqlite::Error::SqlInputError { msg, .. } => Cow::Owned(msg.clone()),
+            error => Cow::Owned(error.to_string()),
+        },
     };
-    Error::new(kind, operation, std::borrow::Cow::<'static, str>::clone(&text)).with_source(error)
+    // Whole statements are of no use to anybody who reads the error.
+    let source = match error {
+        rusqlite::Error::SqlInputError { error, msg, .. } => rusqlite::Error::SqliteFailure(error, Some(msg)),
+        other => other,
+    };
+    Error::new(kind, operation, text).with_source(source)
 }
 
 fn explain(error: &rusqlite::Error) -> (ErrorKind, Option<&'static str>) {

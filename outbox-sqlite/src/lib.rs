@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod config;
+mod cursor;
 mod enqueue;
 mod error;
 mod inbox;

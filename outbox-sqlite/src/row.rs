@@ -118,7 +118,8 @@ pub(crate) fn message_id(value: ValueRef<'_>) -> Option<MessageId> {
     }
 }
 
-fn text(value: ValueRef<'_>) -> Option<&str> {
+/// Text, if that is what the value is.
+pub(crate) fn text(value: ValueRef<'_>) -> Option<&str> {
     match value {
         ValueRef::Text(bytes) => std::str::from_utf8(bytes).ok(),
         _ => None,

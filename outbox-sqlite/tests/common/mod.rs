@@ -1,5 +1,10 @@
 //! What several tests need.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,20 +18,20 @@ use outbox_sqlite::{SqliteConfig, SqliteOutbox, SqliteStore, migrate};
 use tempfile::TempDir;
 
 /// A fresh outbox with a relay that owns its shard.
-pub struct Place {
-    pub config: SqliteConfig,
-    pub store: SqliteStore,
-    pub outbox: SqliteOutbox,
-    pub relay: RelayId,
+pub(crate) struct Place {
+    pub(crate) config: SqliteConfig,
+    pub(crate) store: SqliteStore,
+    pub(crate) outbox: SqliteOutbox,
+    pub(crate) relay: RelayId,
     dir: TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(|_| {})
     }
 
-    pub fn with(adjust: impl FnOnce(&mut SqliteConfig)) -> Self {
+    pub(crate) fn with(adjust: impl FnOnce(&mut SqliteConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = SqliteConfig::new(dir.path().join("app.db"));
         adjust(&mut config);
@@ -40,19 +45,19 @@ impl Place {
         }
     }
 
-    pub fn dir(&self) -> &std::path::Path {
+    pub(crate) fn dir(&self) -> &std::path::Path {
         self.dir.path()
     }
 
-    pub fn connect(&self) -> Connection {
+    pub(crate) fn connect(&self) -> Connection {
         Connection::open(&self.config.path).unwrap()
     }
 
-    pub fn enqueue(&self, message: &Message) {
+    pub(crate) fn enqueue(&self, message: &Message) {
         self.outbox.enqueue(&self.connect(), message).unwrap();
     }
 
-    pub async fn lease(&self) -> OwnedShard {
+    pub(crate) async fn lease(&self) -> OwnedShard {
         let request = LeaseRequest {
             relay: self.relay.clone(),
             want: 1,
@@ -61,20 +66,20 @@ impl Place {
         self.store.lease(&request).await.unwrap().held[0]
     }
 
-    pub async fn fetch(&self, max_rows: usize) -> Vec<Record> {
+    pub(crate) async fn fetch(&self, max_rows: usize) -> Vec<Record> {
         let owned = self.lease().await;
         let mut reader = self.store.reader().await.unwrap();
         records(reader.fetch(&request(owned, max_rows)).await.unwrap()).0
     }
 
-    pub async fn deliver(&self, owned: OwnedShard, records: &[Record]) {
+    pub(crate) async fn deliver(&self, owned: OwnedShard, records: &[Record]) {
         let mut part = ShardSettlement::new(owned.shard, owned.epoch);
         part.delivered = records.iter().map(Record::reference).collect();
         let settled = self.store.settle(&self.settlement(part)).await.unwrap();
         assert!(settled.lost.is_empty());
     }
 
-    pub fn settlement(&self, part: ShardSettlement) -> Settlement {
+    pub(crate) fn settlement(&self, part: ShardSettlement) -> Settlement {
         Settlement {
             relay: self.relay.clone(),
             shards: vec![part],
@@ -82,7 +87,7 @@ impl Place {
     }
 }
 
-pub fn request(owned: OwnedShard, max_rows: usize) -> FetchRequest {
+pub(crate) fn request(owned: OwnedShard, max_rows: usize) -> FetchRequest {
     FetchRequest {
         shards: vec![owned],
         in_flight: Vec::new(),
@@ -93,7 +98,7 @@ pub fn request(owned: OwnedShard, max_rows: usize) -> FetchRequest {
     }
 }
 
-pub fn in_flight(records: &[Record]) -> Vec<InFlight> {
+pub(crate) fn in_flight(records: &[Record]) -> Vec<InFlight> {
     records
         .iter()
         .map(|record| InFlight {
@@ -104,18 +109,18 @@ pub fn in_flight(records: &[Record]) -> Vec<InFlight> {
         .collect()
 }
 
-pub fn records(fetched: Fetched) -> (Vec<Record>, bool) {
+pub(crate) fn records(fetched: Fetched) -> (Vec<Record>, bool) {
     match fetched {
         Fetched::Batch { records, more } => (records, more),
         Fetched::Reset { reason } => panic!("reset: {reason}"),
     }
 }
 
-pub async fn fetch(reader: &mut Box<dyn Reader>, request: &FetchRequest) -> (Vec<Record>, bool) {
+pub(crate) async fn fetch(reader: &mut Box<dyn Reader>, request: &FetchRequest) -> (Vec<Record>, bool) {
     records(reader.fetch(request).await.unwrap())
 }
 
-pub fn message(topic: &str, key: Option<&str>, payload: &str) -> Message {
+pub(crate) fn message(topic: &str, key: Option<&str>, payload: &str) -> Message {
     let mut builder = Message::builder(topic).payload(payload.to_owned());
     if let Some(key) = key {
         builder = builder.key(key.to_owned());

@@ -1,0 +1,1 @@
+//! Stores and sinks with one deliberate flaw each, which the suites must reject.

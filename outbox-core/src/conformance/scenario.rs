@@ -1,0 +1,233 @@
+//! One scenario: its name, what it needs, how it is run, and the report of those that were not.
+
+use std::fmt;
+
+use futures::future::BoxFuture;
+
+use super::harness::{SinkFault, SinkHarness, StoreHarness};
+use crate::store::{Ordering, OutboxStore};
+
+/// One scenario of a suite, for harnesses of type `H`.
+pub struct Scenario<N: 'static> {
+    /// Its name, as in the contracts of the traits.
+    pub name: &'static str,
+    /// The file that it stands in.
+    pub theme: &'static str,
+    /// What must be true of a store or a sink for it to make sense.
+    pub needs: &'static [N],
+    /// Runs it; panics when it fails.
+    pub run: fn() -> BoxFuture<'static, ()>,
+}
+
+/// What a scenario needs of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoreNeed {
+    /// Messages may have keys.
+    Keys,
+    /// Any topic can be stored.
+    Topics,
+    /// Headers are stored.
+    Headers,
+    /// Content types are stored.
+    ContentTypes,
+    /// A tombstone stays one.
+    Tombstones,
+    /// Bytes are kept as they are.
+    AnyBytes,
+    /// The producer's ids are stored.
+    MessageIds,
+    /// There are several shards.
+    Shards,
+    /// The order is [`Ordering::Insert`].
+    Insert,
+    /// The order is [`Ordering::Sequenced`].
+    Sequenced,
+    /// Several transactions can be open at once.
+    Concurrent,
+    /// Dead letters are kept.
+    DeadLetters,
+    /// Dead letters are not kept.
+    NoDeadLetters,
+    /// Messages can be scheduled.
+    Scheduled,
+    /// Messages cannot be scheduled.
+    NoScheduled,
+    /// Delivered messages are archived.
+    Retention,
+    /// Parked keys can be resumed.
+    Parking,
+    /// Commits give a hint.
+    WakeUp,
+}
+
+/// What a scenario needs of a sink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SinkNeed {
+    /// The harness can bring this fault about.
+    Fault(SinkFault),
+    /// There are messages that the destination never takes.
+    Poison,
+    /// The sink stops a key at a failure.
+    StopsKey,
+}
+
+impl StoreNeed {
+    /// Why a store, as its harness drives it, does not meet the need; none when it does.
+    #[must_use]
+    pub fn missing(self, store: &dyn OutboxStore, concurrent: bool) -> Option<&'static str> {
+        let can = store.capabilities();
+        let (met, why) = match self {
+            Self::Keys => (can.keys, "its messages have no keys"),
+            Self::Topics => (can.fixed_topic.is_none(), "its topic is fixed"),
+            Self::Headers => (can.headers, "it stores no headers"),
+            Self::ContentTypes => (can.content_types, "it stores no content types"),
+            Self::Tombstones => (can.tombstones, "it stores no tombstones"),
+            Self::AnyBytes => (can.any_bytes, "it stores JSON only"),
+            Self::MessageIds => (can.message_ids, "its message ids are derived, not the producer's"),
+            Self::Shards => (can.shards > 1, "it has one shard"),
+            Self::Insert => (can.ordering == Ordering::Insert, "its keys are numbered"),
+            Self::Sequenced => (can.ordering == Ordering::Sequenced, "its keys are not numbered"),
+            Self::Concurrent => (concurrent, "it has one writer at a time"),
+            Self::DeadLetters => (store.dead_letters().is_some(), "it keeps no dead letters"),
+            Self::NoDeadLetters => (store.dead_letters().is_none(), "it keeps dead letters"),
+            Self::Scheduled => (store.scheduled().is_some(), "it has no scheduled delivery"),
+            Self::NoScheduled => (store.scheduled().is_none(), "it has scheduled delivery"),
+            Self::Retention => (store.retention().is_some(), "it keeps no archive"),
+            Self::Parking => (store.parking().is_some(), "its parked keys cannot be resumed"),
+            Self::WakeUp => (store.wake_up().is_some(), "it gives no hints"),
+        };
+        (!met).then_some(why)
+    }
+}
+
+impl SinkNeed {
+    /// Why a sink, as its harness drives it, does not meet the need; none when it does.
+    pub async fn missing<H: SinkHarness>(self, harness: &H) -> Option<&'static str> {
+        match self {
+            Self::Fault(fault) if !harness.faults().contains(&fault) => {
+                Some("its harness cannot bring the fault about")
+            }
+            Self::Poison if harness.poison("key").await.is_none() => {
+                Some("its harness knows no message that is never taken")
+            }
+            Self::StopsKey if !harness.sink().await.capabilities().stops_key_at_failure => {
+                Some("it delivers what follows a refused message, and says so")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// All scenarios of the store suite.
+#[must_use]
+pub fn store_scenarios<H: StoreHarness>() -> Vec<Scenario<StoreNeed>> {
+    crate::__for_each_store_scenario!([super::list::collect_stores][H])
+}
+
+/// All scenarios of the sink suite.
+#[must_use]
+pub fn sink_scenarios<H: SinkHarness>() -> Vec<Scenario<SinkNeed>> {
+    crate::__for_each_sink_scenario!([super::list::collect_sinks][H])
+}
+
+/// Runs one scenario of the store suite, or prints why it does not apply.
+///
+/// # Panics
+/// When the store fails it, and when there is no scenario of this name.
+pub async fn prove_store<H: StoreHarness>(name: &str) {
+    let scenario = find(store_scenarios::<H>(), name);
+    match not_applicable_to_store(&H::fresh().await, &scenario) {
+        Some(why) => println!("not applicable: {why}"),
+        None => (scenario.run)().await,
+    }
+}
+
+/// Runs one scenario of the sink suite, or prints why it does not apply.
+///
+/// # Panics
+/// When the sink fails it, and when there is no scenario of this name.
+pub async fn prove_sink<H: SinkHarness>(name: &str) {
+    let scenario = find(sink_scenarios::<H>(), name);
+    match not_applicable_to_sink(&H::fresh().await, &scenario).await {
+        Some(why) => println!("not applicable: {why}"),
+        None => (scenario.run)().await,
+    }
+}
+
+/// Prints and returns the scenarios that do not apply to a store, each with the reason.
+pub async fn report_store<H: StoreHarness>() -> Vec<(&'static str, &'static str)> {
+    let harness = H::fresh().await;
+    let all = store_scenarios::<H>();
+    let missing = all
+        .iter()
+        .filter_map(|scenario| Some((scenario.name, not_applicable_to_store(&harness, scenario)?)))
+        .collect();
+    print_report(harness.store().capabilities().name, all.len(), missing)
+}
+
+/// Prints and returns the scenarios that do not apply to a sink, each with the reason.
+pub async fn report_sink<H: SinkHarness>() -> Vec<(&'static str, &'static str)> {
+    let harness = H::fresh().await;
+    let all = sink_scenarios::<H>();
+    let mut missing = Vec::new();
+    for scenario in &all {
+        if let Some(why) = not_applicable_to_sink(&harness, scenario).await {
+            missing.push((scenario.name, why));
+        }
+    }
+    print_report(harness.sink().await.capabilities().name, all.len(), missing)
+}
+
+fn not_applicable_to_store<H: StoreHarness>(
+    harness: &H,
+    scenario: &Scenario<StoreNeed>,
+) -> Option<&'static str> {
+    let store = harness.store();
+    scenario
+        .needs
+        .iter()
+        .find_map(|need| need.missing(&*store, harness.concurrent_transactions()))
+}
+
+async fn not_applicable_to_sink<H: SinkHarness>(
+    harness: &H,
+    scenario: &Scenario<SinkNeed>,
+) -> Option<&'static str> {
+    for need in scenario.needs {
+        if let Some(why) = need.missing(harness).await {
+            return Some(why);
+        }
+    }
+    None
+}
+
+fn find<N>(scenarios: Vec<Scenario<N>>, name: &str) -> Scenario<N> {
+    scenarios
+        .into_iter()
+        .find(|scenario| scenario.name == name)
+        .unwrap_or_else(|| panic!("there is no scenario {name}"))
+}
+
+fn print_report(
+    name: &str,
+    all: usize,
+    missing: Vec<(&'static str, &'static str)>,
+) -> Vec<(&'static str, &'static str)> {
+    println!("{name}: {} of {all} scenarios apply", all - missing.len());
+    for (scenario, why) in &missing {
+        println!("not applicable: {scenario}: {why}");
+    }
+    missing
+}
+
+impl<N: fmt::Debug> fmt::Debug for Scenario<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scenario")
+            .field("name", &self.name)
+            .field("theme", &self.theme)
+            .field("needs", &self.needs)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,1 @@
+//! The scenarios of the sink suite, by theme.
