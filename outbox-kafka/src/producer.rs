@@ -1,5 +1,6 @@
 //! librdkafka's producers and the threads that serve them.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -10,11 +11,13 @@ use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 
+use crate::classify::Class;
 use crate::config::Redactor;
-use crate::context::Context;
+use crate::context::{Context, GAPLESS};
 use crate::error;
 use crate::suspects::Suspects;
-use crate::tracker::Tracker;
+use crate::topics;
+use crate::tracker::{Closing, Tracker};
 
 pub(crate) type Client = BaseProducer<Context>;
 
@@ -81,7 +84,7 @@ impl Producer {
 fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Client>> {
     let mut config = recipe.config.clone();
     match lane {
-        Lane::Fast => config.set("enable.gapless.guarantee", "true"),
+        Lane::Fast => config.set(GAPLESS, "true"),
         Lane::Careful => config.set("batch.num.messages", "1"),
     };
     let context = Context {
@@ -96,7 +99,7 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
     tracker.lane_starts();
     let thread = thread::Builder::new().name("outbox-kafka".into()).spawn({
         let (client, tracker, recipe) = (client.clone(), tracker.clone(), recipe.clone());
-        move || serve(client, &tracker, &recipe)
+        move || serve(client, lane, &tracker, &recipe)
     });
     match thread {
         Ok(_) => Ok(client),
@@ -115,6 +118,8 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
 
 /// How long one call serves events before the other things are looked at.
 const SLICE: Duration = Duration::from_millis(50);
+/// How long the question may take why messages wait; reports are not served meanwhile.
+const ASK: Duration = Duration::from_secs(2);
 /// How long acknowledgements of what is on its way are waited for.
 const DRAIN: Duration = Duration::from_secs(1);
 /// How long the reports of purged messages are waited for: they need nobody but librdkafka's own threads.
@@ -122,14 +127,15 @@ const PURGED: Duration = Duration::from_secs(1);
 
 /// Serves delivery reports, watches for silence, purges when the producer is closed, and destroys the client, which
 /// may block, when everybody else has let go of it.
-fn serve(client: Arc<Client>, tracker: &Tracker, recipe: &Recipe) {
+fn serve(client: Arc<Client>, lane: Lane, tracker: &Tracker, recipe: &Recipe) {
     let mut purged = false;
+    let mut asked = Instant::now();
     // Nobody can get a new reference once this thread has the only one.
     while Arc::strong_count(&client) > 1 {
         client.poll(SLICE);
-        if let Some(closing) = tracker.silent(recipe.silence, recipe.silence_after_error) {
-            tracing::warn!(reason = %closing.reason, "kafka is out");
-            tracker.close(closing);
+        // One of the two watches for both.
+        if lane == Lane::Fast {
+            watch(&client, tracker, recipe, &mut asked);
         }
         if !purged && tracker.is_closed() {
             purge(&client, tracker);
@@ -143,6 +149,45 @@ fn serve(client: Arc<Client>, tracker: &Tracker, recipe: &Recipe) {
         tracker.lane_is_purged();
     }
     tracker.lane_ends();
+}
+
+/// Closes the producer when the destination is out.
+fn watch(client: &Client, tracker: &Tracker, recipe: &Recipe, asked: &mut Instant) {
+    match tracker.silent(recipe.silence, recipe.silence_after_error) {
+        Some(silence) if silence.explained || !close_if_topics_are_blocked(client, tracker, recipe) => {
+            tracing::warn!(reason = %silence.closing.reason, "kafka is out");
+            tracker.close(silence.closing);
+        }
+        Some(_) => {}
+        None if asked.elapsed() >= recipe.silence => {
+            *asked = Instant::now();
+            close_if_topics_are_blocked(client, tracker, recipe);
+        }
+        None => {}
+    }
+}
+
+/// Messages that wait while others flow may belong to a topic that was deleted, or to a partition without a leader.
+/// librdkafka would wait with them, and with it the receipts of whole batches. Whether that was so.
+fn close_if_topics_are_blocked(client: &Client, tracker: &Tracker, recipe: &Recipe) -> bool {
+    let waiting = tracker.waiting_topics(recipe.silence);
+    if waiting.is_empty() || tracker.is_closed() {
+        return false;
+    }
+    let blocked: HashMap<_, _> = topics::ask(client, &waiting, ASK)
+        .topics
+        .into_iter()
+        .filter_map(|(topic, reason)| Some((topic, reason?)))
+        .collect();
+    if blocked.is_empty() {
+        return false;
+    }
+    tracing::warn!(topics = ?blocked.keys(), "topics have become unwritable with messages under way");
+    tracker.close(Closing {
+        blocked,
+        ..Closing::new(Class::Unknown, "another topic was blocked and held everything up").draining()
+    });
+    true
 }
 
 /// Drops what the client has.

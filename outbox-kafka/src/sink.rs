@@ -107,6 +107,12 @@ impl KafkaSink {
 
     /// Asks for topics that were not asked for before: those that cannot be written to, with the reason.
     async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Reason)> {
+        let Some(producer) = &self.producer else {
+            return Vec::new();
+        };
+        for topic in producer.tracker.take_unwritable() {
+            self.known.remove(&topic);
+        }
         let mut unknown: Vec<Arc<str>> = Vec::new();
         let mut last: &str = "";
         for record in batch {
@@ -121,9 +127,6 @@ impl KafkaSink {
             }
             last = topic;
         }
-        let Some(producer) = &self.producer else {
-            return Vec::new();
-        };
         if unknown.is_empty() {
             return Vec::new();
         }
@@ -137,7 +140,7 @@ impl KafkaSink {
         };
         if let Some(error) = error {
             tracing::debug!(%error, "topics could not be asked for");
-            if let Some(reason) = producer.tracker.last_trouble() {
+            if let Some((_, reason)) = producer.tracker.last_trouble() {
                 producer.tracker.close(Closing::new(Class::Outage, reason));
                 return Vec::new();
             }
@@ -180,7 +183,8 @@ impl Sink for KafkaSink {
         let tracker = producer.tracker.clone();
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
-            return Receipt::ready(vec![closing.outcome(); batch.len()]);
+            let outcomes = batch.iter().map(|record| closing.outcome(record.message.topic()));
+            return Receipt::ready(outcomes.collect());
         }
         let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
         let careful = if suspects.is_empty() {
@@ -195,13 +199,16 @@ impl Sink for KafkaSink {
             }
         };
         let messages = batch.len();
-        let (first, outcomes) = tracker.register(messages);
-        for (number, record) in (first..).zip(batch) {
+        let batch: Vec<_> = batch
+            .into_iter()
+            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
+            .collect();
+        let topics = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
+        let (first, outcomes) = tracker.register(topics);
+        for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
             if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
                 tokio::task::yield_now().await;
             }
-            let (key_seq, defect) = (record.key_seq, record.defect);
-            let parts = record.message.into_parts();
             if let Some(reason) = refusal(&parts, defect) {
                 tracker.resolve(number, Outcome::Poison(reason));
                 continue;
@@ -212,12 +219,12 @@ impl Sink for KafkaSink {
             }
             let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
             if careful.is_some() {
-                tracker.into_careful();
+                tracker.enter_careful();
             }
             let client = careful.unwrap_or(&producer.fast);
             let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
             if careful.is_some() && !matches!(handed, Handed::Over) {
-                tracker.out_of_careful();
+                tracker.leave_careful();
             }
             match handed {
                 Handed::Over => {}
@@ -344,6 +351,9 @@ async fn hand_over(
             Some(Attempt::Failed(code)) => {
                 let class = classify(code);
                 let reason = Reason::from(format!("{code} (topic {})", parts.topic));
+                if class == Class::TopicBlocked {
+                    tracker.note_unwritable(&parts.topic);
+                }
                 if matches!(class, Class::Poison | Class::TopicBlocked) {
                     return Handed::Refused(outcome(class, reason));
                 }

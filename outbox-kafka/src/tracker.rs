@@ -4,7 +4,7 @@
 //! the number travels through librdkafka with the message, and its delivery report finds the place of its outcome by
 //! it: no allocation, no channel for each message.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,6 +34,8 @@ pub(crate) struct Closing {
     pub(crate) reason: Reason,
     /// Whether what is on its way is waited for: the brokers are well, and each acknowledgement saves a duplicate.
     pub(crate) drain: bool,
+    /// Topics that are the cause, and why: their messages are blocked.
+    pub(crate) blocked: HashMap<Arc<str>, Reason>,
 }
 
 impl Closing {
@@ -42,6 +44,7 @@ impl Closing {
             class,
             reason: reason.into(),
             drain: false,
+            blocked: HashMap::new(),
         }
     }
 
@@ -49,8 +52,12 @@ impl Closing {
         Self { drain: true, ..self }
     }
 
-    pub(crate) fn outcome(&self) -> Outcome {
-        outcome(self.class, self.reason.clone())
+    /// What becomes of a message of `topic`.
+    pub(crate) fn outcome(&self, topic: &str) -> Outcome {
+        match self.blocked.get(topic) {
+            Some(reason) => Outcome::TopicBlocked(reason.clone()),
+            None => outcome(self.class, self.reason.clone()),
+        }
     }
 }
 
@@ -93,32 +100,47 @@ struct Table {
     running: usize,
     closing: Option<Closing>,
     trouble: Option<Trouble>,
+    /// Topics that turned out to be unwritable since the publisher last looked.
+    unwritable: Vec<Arc<str>>,
 }
 
 /// What the client said about its connections since the last delivery.
 #[derive(Debug, Clone)]
 struct Trouble {
-    /// The most telling reason, and how telling it is.
+    /// The latest of the most telling reasons.
     reason: String,
-    rank: u8,
+    telling: Telling,
     /// When it was last said that nobody can go.
     outage: Option<Instant>,
+}
+
+/// How much a reason tells; what tells more is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Telling {
+    /// How many brokers are down.
+    Number,
+    /// What happened to a connection.
+    Connection,
+    /// What is wrong with TLS.
+    Certificate,
+    /// That we are not let in.
+    Denied,
 }
 
 #[derive(Debug)]
 struct Batch {
     first: usize,
+    topics: Vec<Arc<str>>,
     outcomes: Vec<Option<Outcome>>,
     open: usize,
+    since: Instant,
     receipt: oneshot::Sender<Vec<Outcome>>,
 }
 
 impl Batch {
-    fn resolve(self, rest: &Outcome) {
-        let outcomes = self
-            .outcomes
-            .into_iter()
-            .map(|outcome| outcome.unwrap_or_else(|| rest.clone()))
+    fn resolve(self, rest: impl Fn(&str) -> Outcome) {
+        let outcomes = std::iter::zip(self.outcomes, &self.topics)
+            .map(|(outcome, topic)| outcome.unwrap_or_else(|| rest(topic)))
             .collect();
         // The relay may have dropped the receipt: then nobody waits.
         let _ = self.receipt.send(outcomes);
@@ -137,6 +159,7 @@ impl Tracker {
                 running: 0,
                 closing: None,
                 trouble: None,
+                unwritable: Vec::new(),
             }),
             handing_over: Mutex::new(()),
             closed: AtomicBool::new(false),
@@ -153,17 +176,21 @@ impl Tracker {
     }
 
     /// Makes room for a batch's outcomes: the number of its first message, and where they will appear.
-    pub(crate) fn register(&self, messages: usize) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
+    pub(crate) fn register(&self, topics: Vec<Arc<str>>) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
         let (receipt, outcomes) = oneshot::channel();
+        let messages = topics.len();
+        let now = Instant::now();
         let mut table = self.table();
         let first = table.next;
         table.next += messages;
         if table.open == 0 {
-            table.quiet_since = Instant::now();
+            table.quiet_since = now;
         }
         table.open += messages;
         table.batches.push_back(Batch {
             first,
+            topics,
+            since: now,
             outcomes: vec![None; messages],
             open: messages,
             receipt,
@@ -184,7 +211,7 @@ impl Tracker {
             table.resolve(number, outcome)
         };
         if let Some(batch) = done {
-            batch.resolve(&Outcome::Skipped);
+            batch.resolve(|_| Outcome::Skipped);
         }
     }
 
@@ -199,7 +226,7 @@ impl Tracker {
             table.resolve(number, outcome)
         };
         if let Some(batch) = done {
-            batch.resolve(&Outcome::Skipped);
+            batch.resolve(|_| Outcome::Skipped);
         }
         if self.waiting.load(Ordering::Relaxed) {
             self.progress.notify_one();
@@ -207,17 +234,30 @@ impl Tracker {
     }
 
     /// A message goes into the careful lane.
-    pub(crate) fn into_careful(&self) {
+    pub(crate) fn enter_careful(&self) {
         self.careful.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A message came out of the careful lane.
-    pub(crate) fn out_of_careful(&self) {
+    pub(crate) fn leave_careful(&self) {
         self.careful.fetch_sub(1, Ordering::Relaxed);
     }
 
     pub(crate) fn careful_is_empty(&self) -> bool {
         self.careful.load(Ordering::Relaxed) == 0
+    }
+
+    /// A topic turned out to be unwritable.
+    pub(crate) fn note_unwritable(&self, topic: &str) {
+        let mut table = self.table();
+        if !table.unwritable.iter().any(|noted| **noted == *topic) {
+            table.unwritable.push(topic.into());
+        }
+    }
+
+    /// The topics noted since the last call.
+    pub(crate) fn take_unwritable(&self) -> Vec<Arc<str>> {
+        std::mem::take(&mut self.table().unwritable)
     }
 
     /// Waits until there may be room again.
@@ -262,17 +302,18 @@ impl Tracker {
 
     /// Resolves what is left.
     pub(crate) fn resolve_all(&self) {
-        let (batches, rest) = {
+        let (batches, closing) = {
             let mut table = self.table();
             table.open = 0;
-            let rest = table.closing.as_ref().map_or_else(
-                || Outcome::Unknown("the producer has ended".into()),
-                Closing::outcome,
-            );
-            (std::mem::take(&mut table.batches), rest)
+            (std::mem::take(&mut table.batches), table.closing.clone())
         };
         for batch in batches {
-            batch.resolve(&rest);
+            batch.resolve(|topic| {
+                closing.as_ref().map_or_else(
+                    || Outcome::Unknown("the producer has ended".into()),
+                    |closing| closing.outcome(topic),
+                )
+            });
         }
         self.advance(Phase::Resolved);
     }
@@ -323,39 +364,50 @@ impl Tracker {
     }
 
     /// Notes what the client says about its connections. `outage` is when it means that nobody can go.
-    pub(crate) fn trouble(&self, reason: String, rank: u8, outage: bool) {
+    pub(crate) fn trouble(&self, telling: Telling, reason: &str, outage: bool) {
         let mut table = self.table();
-        let now = Instant::now();
-        match &mut table.trouble {
-            Some(trouble) => {
-                if rank >= trouble.rank {
-                    trouble.reason = reason;
-                    trouble.rank = rank;
-                }
-                if outage {
-                    trouble.outage = Some(now);
-                }
-            }
-            None => {
-                table.trouble = Some(Trouble {
-                    reason,
-                    rank,
-                    outage: outage.then_some(now),
-                });
-            }
+        let trouble = table.trouble.get_or_insert_with(|| Trouble {
+            reason: String::new(),
+            telling: Telling::Number,
+            outage: None,
+        });
+        if telling >= trouble.telling {
+            trouble.reason.clear();
+            trouble.reason.push_str(reason);
+            trouble.telling = telling;
+        }
+        if outage {
+            trouble.outage = Some(Instant::now());
         }
     }
 
     /// What the client last said about its connections, if anything was said since the last delivery.
-    pub(crate) fn last_trouble(&self) -> Option<String> {
-        self.table()
-            .trouble
-            .as_ref()
-            .map(|trouble| trouble.reason.clone())
+    pub(crate) fn last_trouble(&self) -> Option<(Telling, String)> {
+        let table = self.table();
+        let trouble = table.trouble.as_ref()?;
+        Some((trouble.telling, trouble.reason.clone()))
+    }
+
+    /// The topics of messages that have waited for longer than `limit`, at most a few.
+    pub(crate) fn waiting_topics(&self, limit: Duration) -> Vec<Arc<str>> {
+        let table = self.table();
+        let mut waiting: Vec<Arc<str>> = Vec::new();
+        for batch in table
+            .batches
+            .iter()
+            .take_while(|batch| batch.since.elapsed() >= limit)
+        {
+            for (outcome, topic) in batch.outcomes.iter().zip(&batch.topics) {
+                if outcome.is_none() && waiting.len() < 10 && !waiting.contains(topic) {
+                    waiting.push(topic.clone());
+                }
+            }
+        }
+        waiting
     }
 
     /// Whether the silence has lasted so long that the destination is out, and why.
-    pub(crate) fn silent(&self, limit: Duration, limit_after_error: Duration) -> Option<Closing> {
+    pub(crate) fn silent(&self, limit: Duration, limit_after_error: Duration) -> Option<Silence> {
         let table = self.table();
         if table.open == 0 || table.closing.is_some() {
             return None;
@@ -372,8 +424,19 @@ impl Tracker {
             Some(trouble) => format!("no acknowledgement for {silence:.1?}: {}", trouble.reason),
             None => format!("no acknowledgement for {silence:.1?}, and no error either"),
         };
-        Some(Closing::new(Class::Outage, reason))
+        Some(Silence {
+            closing: Closing::new(Class::Outage, reason),
+            explained: said,
+        })
     }
+}
+
+/// A silence that is an outage, unless a topic turns out to be the cause.
+#[derive(Debug)]
+pub(crate) struct Silence {
+    pub(crate) closing: Closing,
+    /// Whether the client itself said that nobody can go.
+    pub(crate) explained: bool,
 }
 
 /// How long an error counts that was said before there was anything to send.
@@ -402,11 +465,15 @@ impl Table {
 mod tests {
     use super::*;
 
+    fn topics(messages: usize) -> Vec<Arc<str>> {
+        vec!["t".into(); messages]
+    }
+
     #[test]
     fn each_batch_gets_its_outcomes_in_order_whatever_the_order_of_reports() {
         let tracker = Tracker::new();
-        let (first, mut one) = tracker.register(2);
-        let (second, mut two) = tracker.register(3);
+        let (first, mut one) = tracker.register(topics(2));
+        let (second, mut two) = tracker.register(topics(3));
         assert_eq!((first, second), (0, 2));
         for number in [4, 1, 2, 3] {
             tracker.report(number, Outcome::Delivered);
@@ -424,7 +491,7 @@ mod tests {
     #[test]
     fn what_is_left_at_the_end_is_resolved_by_its_reason_and_late_reports_are_ignored() {
         let tracker = Tracker::new();
-        let (_, mut outcomes) = tracker.register(2);
+        let (_, mut outcomes) = tracker.register(topics(2));
         tracker.report(0, Outcome::Delivered);
         tracker.close(Closing::new(Class::Outage, "gone"));
         tracker.close(Closing::new(Class::Broken, "the second reason does not count"));
@@ -443,13 +510,14 @@ mod tests {
         let tracker = Tracker::new();
         let (long, short, none) = (Duration::from_secs(60), Duration::ZERO, Duration::ZERO);
         assert!(tracker.silent(none, none).is_none(), "nothing waits");
-        let (number, _outcomes) = tracker.register(1);
+        let (number, _outcomes) = tracker.register(topics(1));
         assert!(tracker.silent(long, short).is_none());
-        tracker.trouble("one of three is down".into(), 0, false);
+        tracker.trouble(Telling::Connection, "one of three is down", false);
         assert!(tracker.silent(long, short).is_none());
-        tracker.trouble("wrong password".into(), 2, true);
-        tracker.trouble("all brokers down".into(), 1, true);
-        let closing = tracker.silent(long, short).unwrap();
+        tracker.trouble(Telling::Denied, "wrong password", true);
+        tracker.trouble(Telling::Number, "all brokers down", true);
+        let Silence { closing, explained } = tracker.silent(long, short).unwrap();
+        assert!(explained);
         assert_eq!(closing.class, Class::Outage);
         assert!(closing.reason.as_str().contains("wrong password"), "{closing:?}");
         tracker.report(number, Outcome::Delivered);
