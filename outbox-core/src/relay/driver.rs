@@ -154,15 +154,18 @@ impl Driver {
                 .max(SHORTEST_SLEEP);
 
             tokio::select! {
-                Some(done) = self.work.next() => self.done(done),
+                // A hand-over begins before any outcome is heard: a sink that stops a key at a failure must be able
+                // to tell what was sent before the failure was known from what was sent after. See `Sink`.
+                biased;
                 (batch, receipt) = handed(&mut self.handing) => self.accepted(batch, receipt),
-                Some(event) = self.receipts.next() => self.tell(event),
-                () = self.waker.woken() => self.tell(Event::Wake),
-                () = woken(&mut wake_up) => self.tell(Event::Wake),
                 () = &mut shutdown, if last_moment.is_none() => {
                     self.tell(Event::Shutdown);
                     last_moment = Some(self.clock.now() + self.config.grace);
                 }
+                Some(done) = self.work.next() => self.done(done),
+                Some(event) = self.receipts.next() => self.tell(event),
+                () = self.waker.woken() => self.tell(Event::Wake),
+                () = woken(&mut wake_up) => self.tell(Event::Wake),
                 () = sleep(pause) => {}
             }
         }

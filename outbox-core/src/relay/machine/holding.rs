@@ -47,6 +47,8 @@ struct Entry {
     written: bool,
     /// Since which moment the store is known to have it.
     durable: Option<u64>,
+    /// Whether its head leaves for the dead letters, so that nothing remains of it once it is released.
+    burial: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,6 +280,7 @@ impl Holds {
                 state,
                 written,
                 durable: None,
+                burial: false,
             },
         );
     }
@@ -359,6 +362,17 @@ impl Machine {
         self.relieve_crowd(now);
     }
 
+    /// Lets a key wait until its head is known to be buried: only then may what follows it be delivered.
+    pub(super) fn hold_for_burial(&mut self, shard: Shard, record: RecordRef, key: OrderKey, now: Duration) {
+        self.drop_key(shard, &key);
+        let scope = Scope::Key(key);
+        self.holds
+            .wait(shard, scope.clone(), record, 0, State::Waiting { due: now });
+        if let Some(entry) = self.holds.entries.get_mut(&(shard, scope)) {
+            entry.burial = true;
+        }
+    }
+
     /// Drops everything of a key that has not left for the sink. Its hold asks for it again.
     fn drop_key(&mut self, shard: Shard, key: &OrderKey) {
         if self.unresolved(shard, key) == 0 {
@@ -428,17 +442,21 @@ impl Machine {
             let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) else {
                 continue;
             };
-            if unresolved > 0 {
-                // The sink still has some of it; look again soon.
+            if unresolved > 0 || self.flights.contains_key(&(shard, entry.head.position)) {
+                // The sink still has some of it, or the hold is not written yet and its head would not be read.
                 let later = now + self.setup.config.poll_busy;
                 entry.state = State::Waiting { due: later };
                 self.holds.queue.remove(&(due, shard, scope.clone()));
                 self.holds.queue.insert((later, shard, scope));
                 continue;
             }
-            let state = std::mem::replace(&mut entry.state, State::Trying { fetch });
             let from = entry.from;
-            self.holds.unhold(shard, &scope, state);
+            if entry.burial {
+                self.holds.remove(shard, &scope);
+            } else {
+                let state = std::mem::replace(&mut entry.state, State::Trying { fetch });
+                self.holds.unhold(shard, &scope, state);
+            }
             let scope = match scope {
                 Scope::Key(key) => RereadScope::Key(key),
                 Scope::Message(_) => RereadScope::Message,

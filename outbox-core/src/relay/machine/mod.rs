@@ -27,6 +27,8 @@ mod event;
 mod fetching;
 mod holding;
 mod leasing;
+#[cfg(test)]
+mod model;
 mod publishing;
 mod settling;
 

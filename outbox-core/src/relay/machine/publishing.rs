@@ -401,6 +401,9 @@ impl Machine {
                 },
             );
             self.end_hold(shard, record, key.as_ref());
+            if let Some(key) = key {
+                self.hold_for_burial(shard, record, key, now);
+            }
         }
         self.resolve(shard, position);
     }
