@@ -77,6 +77,14 @@ pub(crate) fn colours_on_stderr() -> bool {
     io::stderr().is_terminal() && wants_colours()
 }
 
+/// A word that must not be overlooked among notices.
+pub(crate) fn alarming_on_stderr(word: &str) -> String {
+    if colours_on_stderr() {
+        return format!("\x1b[1;31m{word}\x1b[0m");
+    }
+    word.to_owned()
+}
+
 /// Clears the terminal, for what is shown again and again.
 pub(crate) fn clear() {
     if io::stdout().is_terminal() {

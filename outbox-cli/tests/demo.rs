@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, Run, one_object};
+use common::{Place, Run, Running, eventually, one_object};
 
 fn kept(run: &Run) {
     assert_eq!(run.code, Some(0), "{run:?}");
@@ -76,4 +76,31 @@ fn a_broker_that_is_not_there_is_3() {
     let run = Place::new("").run(&["demo", "--kafka", "127.0.0.1:1", "--json"]);
     assert_eq!((run.code, run.stdout.as_str()), (Some(3), ""), "{run:?}");
     assert!(run.stderr.contains("127.0.0.1:1"), "{run:?}");
+}
+
+#[test]
+fn a_signal_ends_it_early_and_leaves_nothing_behind() {
+    let place = Place::new("");
+    let mut command = place.command(&["demo", "--orders", "100000", "--json"]);
+    command.env("TMPDIR", place.path("."));
+    let mut demo = Running::spawn(command);
+    let found = || {
+        std::fs::read_dir(place.path("."))
+            .unwrap()
+            .filter(|entry| {
+                entry
+                    .as_ref()
+                    .unwrap()
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("outbox-demo-")
+            })
+            .count()
+    };
+    eventually("the demo has begun", || found() == 1);
+    demo.signal("TERM");
+    let run = demo.wait();
+    assert_eq!((run.code, run.stdout.as_str()), (Some(143), ""), "{run:?}");
+    assert!(!run.stderr.contains("KILLED"), "{run:?}");
+    assert_eq!(found(), 0);
 }

@@ -124,7 +124,8 @@ impl Place {
         stderr: impl Into<Stdio>,
     ) -> Running {
         let mut command = self.command(arguments);
-        Running(Some(command.stdout(stdout).stderr(stderr).spawn().unwrap()))
+        command.stdout(stdout).stderr(stderr);
+        Running(Some(command.spawn().unwrap()))
     }
 }
 
@@ -155,6 +156,12 @@ impl From<Output> for Run {
 pub struct Running(Option<Child>);
 
 impl Running {
+    /// Starts a command whose output is read in the end.
+    pub fn spawn(mut command: Command) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self(Some(command.spawn().unwrap()))
+    }
+
     pub fn child(&mut self) -> &mut Child {
         self.0.as_mut().unwrap()
     }
