@@ -126,6 +126,20 @@ impl Node {
         node.origin.clone()
     }
 
+    /// The text without any value of this tree that it may contain.
+    pub(super) fn without_values(&self, text: String) -> String {
+        // Shorter ones are no secrets, and might be parts of words.
+        const SHORTEST: usize = 4;
+        match &self.value {
+            Value::Text(value) | Value::Raw(value) if value.len() >= SHORTEST => text.replace(value, "***"),
+            Value::List(items) => items.iter().fold(text, |text, item| item.without_values(text)),
+            Value::Table(entries) => entries
+                .values()
+                .fold(text, |text, entry| entry.without_values(text)),
+            _ => text,
+        }
+    }
+
     /// Puts a variable's value in its place.
     fn overlay(&mut self, path: &[String], variable: &str, value: String) -> Result<()> {
         let origin = Origin::Environment(variable.to_owned());
