@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outbox_core::{Error, ErrorKind, Result};
-use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::oneshot;
 
 use crate::config::{SqliteConfig, Synchronous};
@@ -149,10 +149,34 @@ fn file(config: &SqliteConfig) -> PathBuf {
 }
 
 /// A transaction that writes: it waits for its turn at its beginning, and never fails for having read first.
+///
+/// SQLite has no queue: whoever asks when the lock happens to be free gets it, and SQLite's own way to wait asks less
+/// and less often, in the end every 100 ms. Beside a few busy producers a lease would run out before its turn came.
+/// So this one asks every millisecond, as long as the connection's busy timeout says.
 pub(crate) fn write<'c>(connection: &'c mut Connection, operation: &'static str) -> Result<Transaction<'c>> {
-    connection
-        .transaction_with_behavior(TransactionBehavior::Immediate)
-        .during(operation)
+    let connection: &'c Connection = connection;
+    let begin = || -> rusqlite::Result<Transaction<'c>> {
+        let patience: u32 = connection.pragma_query_value(None, "busy_timeout", |row| row.get(0))?;
+        let patience = Duration::from_millis(u64::from(patience));
+        let end = Instant::now() + patience;
+        connection.busy_timeout(Duration::ZERO)?;
+        let begun = loop {
+            match Transaction::new_unchecked(connection, TransactionBehavior::Immediate) {
+                Err(error) if is_busy(&error) && Instant::now() < end => thread::sleep(TURN),
+                begun => break begun,
+            }
+        };
+        connection.busy_timeout(patience)?;
+        begun
+    };
+    begin().during(operation)
+}
+
+/// How often a writer asks whether it is its turn.
+const TURN: Duration = Duration::from_millis(1);
+
+fn is_busy(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
 }
 
 /// Tells a file from another one that was put in its place.
