@@ -16,7 +16,7 @@ use outbox_core::{
     FetchRequest, Fetched, Held, LeaseRequest, Message, OrderKey, OutboxStore, OwnedShard, Position, Reader,
     Record, RelayId, Reread, RereadScope, Settlement, Shard, ShardSettlement,
 };
-use outbox_sqlite::rusqlite::{Connection, params};
+use outbox_sqlite::rusqlite::{Connection, TransactionBehavior, params};
 use outbox_sqlite::{FetchMode, SqliteConfig, SqliteOutbox, SqliteStore, Synchronous, migrate};
 
 const ROWS: usize = 100_000;
@@ -37,6 +37,7 @@ async fn main() {
     ] {
         drain(fetch, synchronous, archive, batch).await;
     }
+    beside_a_producer().await;
     behind_a_held_key().await;
     deletes();
 }
@@ -147,6 +148,49 @@ async fn drain(mode: FetchMode, synchronous: Synchronous, archive: bool, batch: 
         fetching.as_secs_f64() * 1e3 / f64::from(rounds),
         settling.as_secs_f64() * 1e3 / f64::from(rounds),
     );
+}
+
+/// What a producer that commits durably every 2 ms notices of a relay at full speed.
+async fn beside_a_producer() {
+    println!("\na producer's transaction (one row, one message, FULL)");
+    for batch in [0, 200, 500, 1000] {
+        let place = Place::new(|_| {});
+        place.fill(|number| number.to_string(), 60_000);
+        let config = place.config.clone();
+        let producer = std::thread::spawn(move || {
+            let outbox = SqliteOutbox::new(&config).unwrap();
+            let mut connection = Connection::open(&config.path).unwrap();
+            connection.execute_batch("CREATE TABLE business (a)").unwrap();
+            let mut latencies: Vec<Duration> = (0..400)
+                .map(|number| {
+                    std::thread::sleep(Duration::from_millis(2));
+                    let start = Instant::now();
+                    let tx = connection
+                        .transaction_with_behavior(TransactionBehavior::Immediate)
+                        .unwrap();
+                    tx.execute("INSERT INTO business VALUES (?1)", [number]).unwrap();
+                    let message = Message::builder("orders").payload("p").build().unwrap();
+                    outbox.enqueue(&tx, &message).unwrap();
+                    tx.commit().unwrap();
+                    start.elapsed()
+                })
+                .collect();
+            latencies.sort();
+            latencies
+        });
+        let owned = place.lease().await;
+        let mut reader = place.store.reader().await.unwrap();
+        let asked = request(owned, batch.max(1), &Arc::default());
+        while batch > 0 && !producer.is_finished() {
+            let records = fetch(&mut reader, &asked).await;
+            place.settle(owned, &records).await;
+        }
+        let latencies = producer.join().unwrap();
+        println!(
+            "relay's batch {batch}: p50 {:?}, p99 {:?}, worst {:?}",
+            latencies[200], latencies[396], latencies[399]
+        );
+    }
 }
 
 /// 300,000 messages of one held key, and one other message at a time.
