@@ -169,8 +169,9 @@ impl Running {
     /// Sends a signal by its name.
     pub fn signal(&mut self, name: &str) {
         let pid = self.child().id().to_string();
-        let sent = Command::new("kill")
-            .args([&format!("-{name}"), &pid])
+        // The shell has it built in; the program of that name is not everywhere.
+        let sent = Command::new("sh")
+            .args(["-c", &format!("kill -{name} {pid}")])
             .status()
             .unwrap();
         assert!(sent.success());
