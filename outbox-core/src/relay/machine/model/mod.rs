@@ -4,6 +4,16 @@
 //! once, and again only when it is told to reread, so that anything the machine forgets to ask for stays lost and is
 //! noticed. `OUTBOX_SEED=n` replays one seed, `OUTBOX_SEEDS=n` runs so many.
 
+/// Writes a line down, when one seed is replayed.
+macro_rules! trace {
+    ($world:expr, $($line:tt)*) => {
+        if $world.trace.is_some() {
+            let line = format!("{:?} {}", $world.now, format_args!($($line)*));
+            $world.trace.get_or_insert_default().push(line);
+        }
+    };
+}
+
 mod sink;
 mod store;
 
@@ -66,7 +76,8 @@ struct World {
     rate_limit: Option<u32>,
     /// More messages of a key at once than a serial relay lets wait.
     bursts: bool,
-    trace: Vec<String>,
+    /// What happened, when one seed is replayed: to write it down costs more than all the rest.
+    trace: Option<Vec<String>>,
     /// How often this and that happened: proof that the model gets there.
     reached: BTreeMap<&'static str, u64>,
 }
@@ -100,7 +111,7 @@ impl World {
             rate_limit: (random.u8(..4) == 0).then_some(300),
             bursts: random.u8(..4) == 0,
             random,
-            trace: Vec::new(),
+            trace: std::env::var_os("OUTBOX_SEED").map(|_| Vec::new()),
             reached: BTreeMap::new(),
         };
         for _ in 0..world.random.usize(1..=3) {
@@ -160,8 +171,7 @@ impl World {
     }
 
     fn fail(&self, what: &str) -> ! {
-        let lines = if replays() { usize::MAX } else { 100 };
-        for line in self.trace.iter().rev().take(lines).rev() {
+        for line in self.trace.iter().flatten() {
             eprintln!("{line}");
         }
         panic!(
@@ -214,7 +224,7 @@ impl World {
                 relay.id, relay.machine
             ));
         }
-        self.trace.push(format!("{:?} {} left", self.now, relay.id));
+        trace!(self, "{} left", relay.id);
         self.reach("left");
     }
 
@@ -288,12 +298,12 @@ impl World {
     }
 
     fn commit(&mut self, position: Position, row: Row) {
-        self.trace.push(format!(
-            "{:?} commit {position} {:?} n {:?}",
-            self.now,
+        trace!(
+            self,
+            "commit {position} {:?} n {:?}",
             row.message.order_key(),
             row.n
-        ));
+        );
         self.log
             .committed
             .insert(row.message.id(), (position, row.clone()));
@@ -306,7 +316,7 @@ impl World {
             0..3 if !self.relays.is_empty() => {
                 self.faults += 1;
                 let relay = self.relays.swap_remove(self.random.usize(..self.relays.len()));
-                self.trace.push(format!("{:?} crash of {}", self.now, relay.id));
+                trace!(self, "crash of {}", relay.id);
                 let blocked = &self.blocked;
                 let stuck = relay.sink.dead.is_some();
                 let wire =
@@ -333,8 +343,8 @@ impl World {
             8 if self.relays.len() < 4 => self.start_relay(),
             9 if !self.relays.is_empty() => {
                 let index = self.random.usize(..self.relays.len());
+                trace!(self, "{} is to stop", self.relays[index].id);
                 let relay = &mut self.relays[index];
-                self.trace.push(format!("{:?} {} is to stop", self.now, relay.id));
                 if relay.stopping {
                     relay.machine.hurry();
                 } else {
@@ -344,7 +354,7 @@ impl World {
             }
             10 if self.chance(30) => {
                 self.faults += 1;
-                self.trace.push(format!("{:?} the server restarts", self.now));
+                trace!(self, "the server restarts",);
                 let noticed = self.relays.iter().any(|relay| {
                     Some(&relay.id) == self.store.undoable_of.as_ref() && relay.reader.is_connected()
                 });
@@ -398,12 +408,7 @@ impl World {
         if let Event::Outcomes { batch, .. } = &event {
             relay.sink.open.remove(batch);
         }
-        self.trace.push(format!(
-            "{:?} {} handles {}",
-            self.now,
-            relay.id,
-            brief(&format!("{event:?}"))
-        ));
+        trace!(self, "{} handles {:?}", relay.id, event);
         relay.machine.handle(event, self.now);
     }
 
@@ -426,12 +431,7 @@ impl World {
             }
         }
         if let Some(command) = command {
-            self.trace.push(format!(
-                "{:?} {} wants {}",
-                self.now,
-                relay.id,
-                brief(&format!("{command:?}"))
-            ));
+            trace!(self, "{} wants {:?}", relay.id, command);
             if let Command::Publish { batch, records } = command {
                 // A hand-over begins before anything else is heard: the driver's order of business.
                 self.check_published(relay, &records);
@@ -596,17 +596,6 @@ fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap()
 }
 
-fn brief(text: &str) -> String {
-    text.chars()
-        .take(if replays() { usize::MAX } else { 600 })
-        .collect()
-}
-
-/// Whether one seed is replayed, and everything is to be seen.
-fn replays() -> bool {
-    std::env::var_os("OUTBOX_SEED").is_some()
-}
-
 fn run(seed: u64) -> BTreeMap<&'static str, u64> {
     let mut world = World::new(seed, true);
     for _ in 0..4_000 {
@@ -623,7 +612,7 @@ fn nothing_is_lost_reordered_or_stranded_whatever_happens() {
         run(seed.parse().unwrap());
         return;
     }
-    let seeds = std::env::var("OUTBOX_SEEDS").map_or(150, |seeds| seeds.parse().unwrap());
+    let seeds = std::env::var("OUTBOX_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
     for seed in 0..seeds {
         for (what, times) in run(seed) {
             *reached.entry(what).or_default() += times;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::store::Row;
-use super::{Relay, World, brief};
+use super::{Relay, World};
 use crate::fetch::Record;
 use crate::message::{MessageId, OrderKey};
 use crate::relay::machine::{BatchId, Event};
@@ -110,13 +110,7 @@ impl World {
             return;
         };
         let outcome = self.outcome(&relay.sink, &item);
-        self.trace.push(format!(
-            "{:?} {} sink: {} {}",
-            self.now,
-            relay.id,
-            item.record.position,
-            brief(&format!("{outcome:?}"))
-        ));
+        trace!(self, "{} sink: {} {:?}", relay.id, item.record.position, outcome);
         if outcome == Outcome::Delivered {
             self.deliver(&item.record);
         }

@@ -230,7 +230,7 @@ impl World {
             self.store.holds.remove(name);
             self.reach("resumed");
         }
-        self.trace.push(format!("{:?} operator on {head:?}", self.now));
+        trace!(self, "operator on {head:?}",);
     }
 
     pub(super) fn promote(&mut self, relay: &RelayId, shards: &[OwnedShard]) -> Promotion {
