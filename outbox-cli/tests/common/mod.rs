@@ -152,6 +152,9 @@ impl From<Output> for Run {
     }
 }
 
+/// The demo placed 200 orders and says that every part of the promise held.
+pub 
+
 /// A process that does not outlive its test.
 pub struct Running(Option<Child>);
 
