@@ -10,7 +10,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 #[command(name = "outbox", version, after_help = EXIT_CODES, max_term_width = 100)]
 pub(crate) struct Args {
     /// Show the whole chain of causes when something fails
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
     pub(crate) verbose: bool,
 
     #[command(flatten)]
@@ -24,14 +24,16 @@ pub(crate) struct Args {
 #[derive(Debug, ClapArgs)]
 pub(crate) struct LogArgs {
     /// What to log, to stderr: a level or targets with levels, such as info,librdkafka=debug [env: RUST_LOG]
-    #[arg(long, value_name = "FILTER", global = true)]
+    #[arg(long, value_name = "FILTER", global = true, help_heading = GLOBAL)]
     pub(crate) log: Option<String>,
 
-    /// How to write the log
+    /// How to write the log: text, lines for people; or json, an object a line
     #[arg(
         long,
         value_name = "FORMAT",
         global = true,
+        help_heading = GLOBAL,
+        hide_possible_values = true,
         default_value = "text",
         env = "OUTBOX_LOG_FORMAT"
     )]
@@ -198,17 +200,8 @@ pub(crate) struct DeadChoice {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
 
-    /// The messages' ids
-    #[arg(
-        value_name = "MESSAGE_ID",
-        required_unless_present = "all",
-        conflicts_with = "all"
-    )]
-    pub(crate) ids: Vec<String>,
-
-    /// All dead letters
-    #[arg(long)]
-    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) which: Which,
 
     /// With --all: only those of this topic
     #[arg(long, requires = "all")]
@@ -241,23 +234,27 @@ pub(crate) enum ParkedCommand {
     Bury(ParkedChoice),
 }
 
+/// Some or all; what is parked goes by the ids of the messages that are waited for.
+#[derive(Debug, ClapArgs)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// The messages' ids
+    #[arg(value_name = "MESSAGE_ID")]
+    pub(crate) ids: Vec<String>,
+
+    /// All of them
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
 /// Which parked messages.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ParkedChoice {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
 
-    /// The ids of the messages that the keys wait for
-    #[arg(
-        value_name = "MESSAGE_ID",
-        required_unless_present = "all",
-        conflicts_with = "all"
-    )]
-    pub(crate) ids: Vec<String>,
-
-    /// All that is parked
-    #[arg(long)]
-    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) which: Which,
 
     /// Print what was done as one JSON object
     #[arg(long)]
@@ -279,6 +276,9 @@ pub(crate) enum ConfigCommand {
     #[command(after_help = CONFIG_EXAMPLES)]
     Example,
 }
+
+/// Under what the options stand that all commands have.
+const GLOBAL: &str = "Options of all commands";
 
 fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; expected for example 5s, 250ms or 1h"))

@@ -30,6 +30,10 @@ pub(crate) fn notice(text: impl AsRef<str>) {
 
 /// Says why the program ends.
 pub(crate) fn failure(failure: &Failure, verbose: bool) {
+    // A reader of stdout that has gone has heard enough: `outbox status | head -1` is no failure to talk about.
+    if failure.line.is_empty() {
+        return;
+    }
     notice(format!("outbox: {}", one_line(&failure.line)));
     if verbose {
         for cause in &failure.chain {
@@ -73,6 +77,14 @@ pub(crate) fn colours_on_stderr() -> bool {
     io::stderr().is_terminal() && wants_colours()
 }
 
+/// A word that must not be overlooked among notices.
+pub(crate) fn alarming_on_stderr(word: &str) -> String {
+    if colours_on_stderr() {
+        return format!("\x1b[1;31m{word}\x1b[0m");
+    }
+    word.to_owned()
+}
+
 /// Clears the terminal, for what is shown again and again.
 pub(crate) fn clear() {
     if io::stdout().is_terminal() {
@@ -89,7 +101,10 @@ fn wants_colours() -> bool {
 fn write(out: &mut impl Write, text: &str) -> Result<()> {
     writeln!(out, "{text}")
         .and_then(|()| out.flush())
-        .map_err(|error| Failure::new(Code::Unavailable, format!("write stdout: {error}")).because(&error))
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Code::Unavailable, ""),
+            _ => Failure::new(Code::Unavailable, format!("write stdout: {error}")).because(&error),
+        })
 }
 
 /// Errors of libraries may have several lines; a log collector wants one.

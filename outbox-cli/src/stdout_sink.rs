@@ -336,4 +336,6 @@ impl Serialize for Text<'_> {
 }
 
 #[cfg(test)]
+mod conformance;
+#[cfg(test)]
 mod tests;

@@ -137,7 +137,9 @@ impl KafkaConfig {
             for name in forced.names {
                 client.remove(name);
             }
-            client.set(forced.names[0], forced.value);
+            if !forced.own_default {
+                client.set(forced.names[0], forced.value);
+            }
         }
         self.prepare_security(&mut client)?;
         client.set("bootstrap.servers", &self.bootstrap_servers);
@@ -275,6 +277,8 @@ struct Forced {
     value: &'static str,
     /// Other ways to say the same.
     same: &'static [&'static str],
+    /// Whether it is librdkafka's own default: then it is not set, because librdkafka warns of setting some.
+    own_default: bool,
     why: &'static str,
 }
 
@@ -283,36 +287,42 @@ const FORCED: &[Forced] = &[
         names: &["enable.idempotence"],
         value: "true",
         same: &["1", "t"],
+        own_default: false,
         why: "without it a retry puts a message behind its successors",
     },
     Forced {
         names: &["acks", "request.required.acks"],
         value: "all",
         same: &["-1"],
+        own_default: false,
         why: "delivered means that every replica in sync has it",
     },
     Forced {
         names: &["message.timeout.ms", "delivery.timeout.ms"],
         value: "0",
         same: &[],
+        own_default: false,
         why: "the successors of a message that timed out would overtake it; see outage_after",
     },
     Forced {
         names: &["message.send.max.retries", "retries"],
         value: "2147483647",
         same: &[],
+        own_default: true,
         why: "the successors of a message that was given up would overtake it",
     },
     Forced {
         names: &["queuing.strategy"],
         value: "fifo",
         same: &[],
+        own_default: true,
         why: "messages of a key must leave in order",
     },
     Forced {
         names: &["delivery.report.only.error"],
         value: "false",
         same: &["0", "f"],
+        own_default: true,
         why: "a message without a report is never settled",
     },
 ];

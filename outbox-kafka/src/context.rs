@@ -14,7 +14,10 @@ use crate::classify::{Class, classify};
 use crate::config::Redactor;
 use crate::producer::Lane;
 use crate::suspects::Suspects;
-use crate::tracker::{Closing, Tracker, outcome};
+use crate::tracker::{Closing, Telling, Tracker, outcome};
+
+/// The option with which nothing follows a refused batch.
+pub(crate) const GAPLESS: &str = "enable.gapless.guarantee";
 
 pub(crate) struct Context {
     pub(crate) lane: Lane,
@@ -26,7 +29,22 @@ pub(crate) struct Context {
 impl ClientContext for Context {
     fn log(&self, level: Level, facility: &str, line: &str) {
         let line = self.redactor.apply(line);
+        // Some reasons are only logged, such as plain text sent to a port for TLS.
+        if facility == "FAIL" {
+            let reason = line.split_once("]: ").map_or(line.as_str(), |(_, reason)| reason);
+            if reason.contains("APIVERSION_QUERY") {
+                // Cut off at the first word: the usual reason is that the two do not speak the same language.
+                let reason = format!("{reason}; does the port expect TLS, or none?");
+                self.tracker.trouble(Telling::Connection, &reason, false);
+            } else {
+                self.tracker.trouble(Telling::Connection, reason, false);
+            }
+        }
+        // Ours, and meant.
+        let ours = facility == "CONFWARN" && line.contains(GAPLESS)
+            || facility == "FATAL" && line.contains("Gap-less");
         match level {
+            _ if ours => tracing::debug!(target: "librdkafka", facility, "{line}"),
             Level::Emerg | Level::Alert | Level::Critical | Level::Error => {
                 tracing::error!(target: "librdkafka", facility, "{line}");
             }
@@ -48,17 +66,20 @@ impl ClientContext for Context {
         tracing::debug!(?code, reason, "the client reports an error");
         match code {
             // A refusal in the fast lane comes as a fatal error as well, but nothing is broken but this client.
-            Code::Fatal if reason.contains("gap-less") => {
+            Code::GaplessGuarantee => {
+                if let Some(topic) = refused_topic(&reason) {
+                    self.suspects.add(topic);
+                }
                 self.tracker
                     .close(Closing::new(Class::Unknown, reason).draining());
             }
             Code::Fatal => self.tracker.close(Closing::new(Class::Broken, reason).draining()),
-            Code::Authentication | Code::SaslAuthenticationFailed | Code::SSL => {
-                self.tracker.trouble(reason, 2, true);
+            Code::Authentication | Code::SaslAuthenticationFailed => {
+                self.tracker.trouble(Telling::Denied, &reason, true);
             }
-            // It says only how many brokers there are; what the single one said tells more.
-            Code::AllBrokersDown => self.tracker.trouble(reason, 0, true),
-            _ => self.tracker.trouble(reason, 1, false),
+            Code::SSL => self.tracker.trouble(Telling::Certificate, &reason, true),
+            Code::AllBrokersDown => self.tracker.trouble(Telling::Number, &reason, true),
+            _ => self.tracker.trouble(Telling::Connection, &reason, false),
         }
     }
 }
@@ -84,7 +105,6 @@ impl Context {
         let code = error.rdkafka_error_code().unwrap_or(Code::Fail);
         let class = classify(code);
         let reason = Reason::from(format!("{code} (topic {topic})"));
-        let closing = self.tracker.closing();
         match (class, self.lane) {
             (Class::Poison, Lane::Careful) => {
                 self.suspects.add(topic);
@@ -96,10 +116,11 @@ impl Context {
                 self.close(Class::Unknown, reason, topic)
             }
             (Class::TopicBlocked, lane) => {
-                // Found out by the broker and not before: that was a refusal, and closed the producer.
-                if lane == Lane::Careful || closing.is_some() {
+                // Elsewhere it becomes a suspect, if at all, by the fatal error that tells of a refusal.
+                if lane == Lane::Careful {
                     self.suspects.add(topic);
                 }
+                self.tracker.note_unwritable(topic);
                 Outcome::TopicBlocked(reason)
             }
             // What follows must not go before this one has.
@@ -114,5 +135,25 @@ impl Context {
         self.tracker
             .closing()
             .map_or_else(|| outcome(class, reason), |closing| closing.outcome(topic))
+    }
+}
+
+/// The topic in librdkafka's sentence about a refusal, which is the only place where it stands.
+fn refused_topic(reason: &str) -> Option<&str> {
+    let (_, rest) = reason.split_once("ProduceRequest for ")?;
+    rest.split_once(" [").map(|(topic, _)| topic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refused_topic_is_found_in_the_sentence() {
+        let reason = "Fatal error: Local: Gap-less ordering would not be guaranteed if proceeding: ProduceRequest for \
+                      orders.v1 [12] with 3 message(s) failed: Broker: Policy violation (broker 1 PID{Id:1,Epoch:0}, \
+                      base seq 0): unable to satisfy gap-less guarantee";
+        assert_eq!(refused_topic(reason), Some("orders.v1"));
+        assert_eq!(refused_topic("something else"), None);
     }
 }

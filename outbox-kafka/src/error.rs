@@ -2,10 +2,9 @@
 
 use outbox_core::{Error, ErrorKind};
 use rdkafka::error::KafkaError;
-use rdkafka::types::RDKafkaErrorCode as Code;
 
-use crate::classify::{Class, classify};
 use crate::config::Redactor;
+use crate::tracker::Telling;
 
 /// A client that could not be made.
 ///
@@ -42,22 +41,16 @@ pub(crate) fn invalid(text: String) -> Error {
     Error::new(ErrorKind::Invalid, OPERATION, text)
 }
 
-/// A request that failed; `reason` is what the error callback said meanwhile.
-pub(crate) fn request(operation: &'static str, error: KafkaError, reason: Option<String>) -> Error {
-    let kind = match error.rdkafka_error_code() {
-        Some(
-            Code::Authentication
-            | Code::SaslAuthenticationFailed
-            | Code::TopicAuthorizationFailed
-            | Code::ClusterAuthorizationFailed,
-        ) => ErrorKind::Denied,
-        Some(code) if classify(code) == Class::Broken => ErrorKind::Unexpected,
+/// A request that failed, and what the client said meanwhile.
+pub(crate) fn request(
+    operation: &'static str,
+    error: KafkaError,
+    trouble: Option<(Telling, String)>,
+) -> Error {
+    let kind = match trouble {
+        Some((Telling::Denied, _)) => ErrorKind::Denied,
         _ => ErrorKind::Unavailable,
     };
-    Error::new(
-        kind,
-        operation,
-        reason.unwrap_or_else(|| "the brokers do not answer".into()),
-    )
-    .with_source(error)
+    let reason = trouble.map_or("the brokers do not answer".into(), |(_, reason)| reason);
+    Error::new(kind, operation, reason).with_source(error)
 }

@@ -13,7 +13,7 @@ use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 
 use crate::classify::Class;
 use crate::config::Redactor;
-use crate::context::Context;
+use crate::context::{Context, GAPLESS};
 use crate::error;
 use crate::suspects::Suspects;
 use crate::topics;
@@ -84,7 +84,7 @@ impl Producer {
 fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Client>> {
     let mut config = recipe.config.clone();
     match lane {
-        Lane::Fast => config.set("enable.gapless.guarantee", "true"),
+        Lane::Fast => config.set(GAPLESS, "true"),
         Lane::Careful => config.set("batch.num.messages", "1"),
     };
     let context = Context {

@@ -107,6 +107,12 @@ impl KafkaSink {
 
     /// Asks for topics that were not asked for before: those that cannot be written to, with the reason.
     async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Reason)> {
+        let Some(producer) = &self.producer else {
+            return Vec::new();
+        };
+        for topic in producer.tracker.take_unwritable() {
+            self.known.remove(&topic);
+        }
         let mut unknown: Vec<Arc<str>> = Vec::new();
         let mut last: &str = "";
         for record in batch {
@@ -121,9 +127,6 @@ impl KafkaSink {
             }
             last = topic;
         }
-        let Some(producer) = &self.producer else {
-            return Vec::new();
-        };
         if unknown.is_empty() {
             return Vec::new();
         }
@@ -137,7 +140,7 @@ impl KafkaSink {
         };
         if let Some(error) = error {
             tracing::debug!(%error, "topics could not be asked for");
-            if let Some(reason) = producer.tracker.last_trouble() {
+            if let Some((_, reason)) = producer.tracker.last_trouble() {
                 producer.tracker.close(Closing::new(Class::Outage, reason));
                 return Vec::new();
             }
@@ -348,6 +351,9 @@ async fn hand_over(
             Some(Attempt::Failed(code)) => {
                 let class = classify(code);
                 let reason = Reason::from(format!("{code} (topic {})", parts.topic));
+                if class == Class::TopicBlocked {
+                    tracker.note_unwritable(&parts.topic);
+                }
                 if matches!(class, Class::Poison | Class::TopicBlocked) {
                     return Handed::Refused(outcome(class, reason));
                 }

@@ -100,16 +100,31 @@ struct Table {
     running: usize,
     closing: Option<Closing>,
     trouble: Option<Trouble>,
+    /// Topics that turned out to be unwritable since the publisher last looked.
+    unwritable: Vec<Arc<str>>,
 }
 
 /// What the client said about its connections since the last delivery.
 #[derive(Debug, Clone)]
 struct Trouble {
-    /// The most telling reason, and how telling it is.
+    /// The latest of the most telling reasons.
     reason: String,
-    rank: u8,
+    telling: Telling,
     /// When it was last said that nobody can go.
     outage: Option<Instant>,
+}
+
+/// How much a reason tells; what tells more is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Telling {
+    /// How many brokers are down.
+    Number,
+    /// What happened to a connection.
+    Connection,
+    /// What is wrong with TLS.
+    Certificate,
+    /// That we are not let in.
+    Denied,
 }
 
 #[derive(Debug)]
@@ -144,6 +159,7 @@ impl Tracker {
                 running: 0,
                 closing: None,
                 trouble: None,
+                unwritable: Vec::new(),
             }),
             handing_over: Mutex::new(()),
             closed: AtomicBool::new(false),
@@ -229,6 +245,19 @@ impl Tracker {
 
     pub(crate) fn careful_is_empty(&self) -> bool {
         self.careful.load(Ordering::Relaxed) == 0
+    }
+
+    /// A topic turned out to be unwritable.
+    pub(crate) fn note_unwritable(&self, topic: &str) {
+        let mut table = self.table();
+        if !table.unwritable.iter().any(|noted| **noted == *topic) {
+            table.unwritable.push(topic.into());
+        }
+    }
+
+    /// The topics noted since the last call.
+    pub(crate) fn take_unwritable(&self) -> Vec<Arc<str>> {
+        std::mem::take(&mut self.table().unwritable)
     }
 
     /// Waits until there may be room again.
@@ -335,35 +364,28 @@ impl Tracker {
     }
 
     /// Notes what the client says about its connections. `outage` is when it means that nobody can go.
-    pub(crate) fn trouble(&self, reason: String, rank: u8, outage: bool) {
+    pub(crate) fn trouble(&self, telling: Telling, reason: &str, outage: bool) {
         let mut table = self.table();
-        let now = Instant::now();
-        match &mut table.trouble {
-            Some(trouble) => {
-                if rank >= trouble.rank {
-                    trouble.reason = reason;
-                    trouble.rank = rank;
-                }
-                if outage {
-                    trouble.outage = Some(now);
-                }
-            }
-            None => {
-                table.trouble = Some(Trouble {
-                    reason,
-                    rank,
-                    outage: outage.then_some(now),
-                });
-            }
+        let trouble = table.trouble.get_or_insert_with(|| Trouble {
+            reason: String::new(),
+            telling: Telling::Number,
+            outage: None,
+        });
+        if telling >= trouble.telling {
+            trouble.reason.clear();
+            trouble.reason.push_str(reason);
+            trouble.telling = telling;
+        }
+        if outage {
+            trouble.outage = Some(Instant::now());
         }
     }
 
     /// What the client last said about its connections, if anything was said since the last delivery.
-    pub(crate) fn last_trouble(&self) -> Option<String> {
-        self.table()
-            .trouble
-            .as_ref()
-            .map(|trouble| trouble.reason.clone())
+    pub(crate) fn last_trouble(&self) -> Option<(Telling, String)> {
+        let table = self.table();
+        let trouble = table.trouble.as_ref()?;
+        Some((trouble.telling, trouble.reason.clone()))
     }
 
     /// The topics of messages that have waited for longer than `limit`, at most a few.
@@ -490,10 +512,10 @@ mod tests {
         assert!(tracker.silent(none, none).is_none(), "nothing waits");
         let (number, _outcomes) = tracker.register(topics(1));
         assert!(tracker.silent(long, short).is_none());
-        tracker.trouble("one of three is down".into(), 0, false);
+        tracker.trouble(Telling::Connection, "one of three is down", false);
         assert!(tracker.silent(long, short).is_none());
-        tracker.trouble("wrong password".into(), 2, true);
-        tracker.trouble("all brokers down".into(), 1, true);
+        tracker.trouble(Telling::Denied, "wrong password", true);
+        tracker.trouble(Telling::Number, "all brokers down", true);
         let Silence { closing, explained } = tracker.silent(long, short).unwrap();
         assert!(explained);
         assert_eq!(closing.class, Class::Outage);

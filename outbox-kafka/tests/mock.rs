@@ -247,7 +247,6 @@ async fn a_purge_resolves_everything_and_nothing_leaves_afterwards() {
         let records = (0..100).map(|n| text("t", "k", format!("{batch}/{n}"))).collect();
         receipts.push(sink.publish(records).await);
     }
-    let start = Instant::now();
     within(5, sink.purge()).await;
     for receipt in receipts {
         let outcomes = within(1, receipt.outcomes()).await;
@@ -259,7 +258,6 @@ async fn a_purge_resolves_everything_and_nothing_leaves_afterwards() {
             "{outcomes:?}"
         );
     }
-    println!("purged in {:?}", start.elapsed());
     cluster.broker_up(1).unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(

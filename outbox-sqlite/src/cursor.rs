@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Epoch, OrderKey, Position, RereadScope};
+use outbox_core::{Epoch, Held, OrderKey, Position, Reread, RereadScope};
 use rusqlite::params;
 
 use crate::reader::{Batch, Scan, list, name};
@@ -25,6 +25,8 @@ use crate::row::{Rows, SHARD, bytes, text};
 #[derive(Debug)]
 pub(crate) struct Cursor {
     epoch: Epoch,
+    /// What was held at the last fetch.
+    held: Arc<Held>,
     /// The main position.
     position: i64,
     lanes: BTreeMap<OrderKey, Lane>,
@@ -58,9 +60,10 @@ const MAX_EXAMINED: usize = 20_000;
 
 impl Cursor {
     /// Before everything.
-    pub(crate) fn new(epoch: Epoch, sweep_interval: Duration) -> Self {
+    pub(crate) fn new(epoch: Epoch, held: &Arc<Held>, sweep_interval: Duration) -> Self {
         Self {
             epoch,
+            held: Arc::clone(held),
             position: i64::MIN,
             lanes: BTreeMap::new(),
             singles: BTreeSet::new(),
@@ -83,6 +86,7 @@ impl Cursor {
         rows: &mut Rows,
         batch: &mut Batch,
     ) -> rusqlite::Result<bool> {
+        self.release(scan);
         self.go_back(scan);
         self.sweep(scan, sweep_interval)?;
         self.tidy(scan);
@@ -100,6 +104,32 @@ impl Cursor {
         let (position, cut) = scan.onward(self.position, apart, rows, batch)?;
         self.position = position;
         Ok(cut || more_singles || more_lanes)
+    }
+
+    /// Goes back to what was held at the last fetch and is not any more, whether the relay asks for it or not: it may
+    /// never have seen what the main scan passed over, and a topic's hold does not say which of its rows is lowest.
+    fn release(&mut self, scan: &Scan<'_>) {
+        let now = &scan.wanted.barred.held;
+        if Arc::ptr_eq(&self.held, now) {
+            return;
+        }
+        if !self.held.topics.is_subset(&now.topics) {
+            self.position = i64::MIN;
+        }
+        for (_, key) in self.held.keys.difference(&now.keys) {
+            let told = |reread: &Reread| matches!(&reread.scope, RereadScope::Key(wanted) if wanted == key);
+            if !scan.wanted.reread.iter().any(told) {
+                let lane = Lane {
+                    position: i64::MIN,
+                    step: 1,
+                };
+                self.lanes.insert(key.clone(), lane);
+            }
+        }
+        for (_, message) in self.held.messages.difference(&now.messages) {
+            self.singles.insert(message.0);
+        }
+        self.held = Arc::clone(now);
     }
 
     /// Notes what is wanted again. What lies ahead of the main position comes by itself.

@@ -4,6 +4,7 @@ mod config;
 mod cursor;
 mod enqueue;
 mod error;
+mod hold;
 mod inbox;
 mod operate;
 mod reader;

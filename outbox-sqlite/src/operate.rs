@@ -11,9 +11,10 @@ use outbox_core::{
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 
 use crate::error::During;
+use crate::hold::{hold_name, list_holds};
 use crate::row::{Rows, SHARD, time};
 use crate::sql::Sql;
-use crate::store::{SqliteStore, bury, hold_name, list_holds, load_leases};
+use crate::store::{SqliteStore, bury, load_leases};
 use crate::worker::{millis, write};
 
 /// How many rows one transaction of an operator's moves, so that producers never wait long.

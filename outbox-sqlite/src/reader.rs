@@ -140,7 +140,7 @@ fn fetch(
     let mut cursor = memory
         .and_then(|memory| memory.cursor)
         .filter(|cursor| cursor.epoch() == wanted.epoch)
-        .unwrap_or_else(|| Cursor::new(wanted.epoch, config.sweep_interval));
+        .unwrap_or_else(|| Cursor::new(wanted.epoch, &wanted.barred.held, config.sweep_interval));
     let more = match config.fetch {
         FetchMode::Rescan => {
             scan.onward(i64::MIN, None, &mut rows, &mut batch)

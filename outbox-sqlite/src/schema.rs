@@ -21,6 +21,7 @@ pub struct Migrated {
 }
 
 const DURING: &str = "migrate";
+const CHECK: &str = "check schema";
 
 /// Makes the outbox, the file included, or brings it to this version; changes nothing where it is already.
 ///
@@ -83,9 +84,8 @@ pub fn migration_sql(config: &SqliteConfig) -> String {
 
 /// Whether the outbox is there, of this version and ordering, and what the relay relies on still holds.
 pub(crate) fn check(connection: &Connection, config: &SqliteConfig) -> Result<()> {
-    const DURING: &str = "open";
     let schema = |text: String| {
-        Error::new(ErrorKind::Schema, DURING, text)
+        Error::new(ErrorKind::Schema, CHECK, text)
             .with("path", config.path.display())
             .with("prefix", &config.prefix)
     };
@@ -97,7 +97,7 @@ pub(crate) fn check(connection: &Connection, config: &SqliteConfig) -> Result<()
     let stored: Option<String> = connection
         .prepare_cached(&sql::Sql::new(&config.prefix).meta)
         .and_then(|mut statement| statement.query_row(["ordering"], |row| row.get(0)).optional())
-        .during(DURING)?;
+        .during(CHECK)?;
     let expected = sql::ordering(config.ordering);
     if stored.as_deref() != Some(expected) {
         return Err(schema(format!(
@@ -109,11 +109,11 @@ pub(crate) fn check(connection: &Connection, config: &SqliteConfig) -> Result<()
     // In a database of UTF-16 a text literal has other bytes than the producer wrote.
     let encoding: String = connection
         .query_row("PRAGMA main.encoding", [], |row| row.get(0))
-        .during(DURING)?;
+        .during(CHECK)?;
     if encoding != "UTF-8" {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            DURING,
+            CHECK,
             "the database stores text as UTF-16, which would change keys and payloads; only UTF-8 is supported",
         )
         .with("encoding", encoding));
@@ -139,7 +139,7 @@ fn definition(connection: &Connection, kind: &str, name: &str) -> Result<String>
         .prepare_cached("SELECT sql FROM main.sqlite_schema WHERE type = ?1 AND name = ?2 COLLATE NOCASE")
         .and_then(|mut statement| statement.query_row([kind, name], |row| row.get(0)).optional())
         .map(Option::unwrap_or_default)
-        .during("open")
+        .during(CHECK)
 }
 
 /// The version that is there, which is not above ours.
@@ -148,27 +148,27 @@ fn version(connection: &Connection, config: &SqliteConfig) -> Result<Option<i64>
         .query_row(TABLE_EXISTS, [format!("{}_meta", config.prefix)], |row| {
             row.get(0)
         })
-        .during(DURING)?;
+        .during(CHECK)?;
     if !exists {
         return Ok(None);
     }
     let stored: Option<String> = connection
         .query_row(&sql::Sql::new(&config.prefix).meta, ["version"], |row| row.get(0))
         .optional()
-        .during(DURING)?;
+        .during(CHECK)?;
     let version = stored.as_deref().and_then(|text| text.parse().ok());
     match version {
         Some(version) if version <= VERSION => Ok(Some(version)),
         Some(version) => Err(Error::new(
             ErrorKind::Schema,
-            DURING,
+            CHECK,
             "the outbox was made by a newer version of this crate: upgrade the program",
         )
         .with("found", version)
         .with("known", VERSION)),
         None => Err(Error::new(
             ErrorKind::Schema,
-            DURING,
+            CHECK,
             "the table of the outbox's version is there, but names no version: was it made by hand?",
         )
         .with("prefix", &config.prefix)),
@@ -176,10 +176,10 @@ fn version(connection: &Connection, config: &SqliteConfig) -> Result<Option<i64>
 }
 
 fn writable(connection: &Connection, config: &SqliteConfig) -> Result<()> {
-    if connection.is_readonly("main").during("open")? {
+    if connection.is_readonly("main").during(CHECK)? {
         return Err(Error::new(
             ErrorKind::Denied,
-            "open",
+            CHECK,
             "the database is read-only: check the permissions of the file and of its directory",
         )
         .with("path", config.path.display()));

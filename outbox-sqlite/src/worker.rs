@@ -108,6 +108,12 @@ impl Session {
             tracing::warn!(operation, "a transaction was left open; the connection is closed");
             self.open = None;
         }
+        // After anything but a lost race or a wrong argument, the next job begins with a connection that is checked.
+        if let Err(error) = &result
+            && !matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid)
+        {
+            self.open = None;
+        }
         result
     }
 }

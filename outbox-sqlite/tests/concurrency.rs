@@ -1,4 +1,10 @@
 //! Many connections and processes on one file: nobody is told that the database is busy, nothing is lost.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! The cursor against the simple reader, by random schedules and by the cases that random ones seldom meet.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 mod common;
 
@@ -27,9 +33,10 @@ enum Step {
     },
     Deliver(usize),
     Fail(usize),
-    Release(usize),
+    /// With or without a word that it is wanted again, if a fetch has shown the reader that it was held.
+    Release(usize, bool),
     BlockTopic(usize),
-    FreeTopic(usize),
+    FreeTopic(usize, bool),
     /// An outage: everything in flight is wanted again.
     Lose,
     /// Another relay had the shard for a while.
@@ -43,9 +50,9 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (1..9usize, 1..400usize).prop_map(|(max_rows, max_bytes)| Step::Fetch { max_rows, max_bytes }),
         5 => any::<usize>().prop_map(Step::Deliver),
         3 => any::<usize>().prop_map(Step::Fail),
-        3 => any::<usize>().prop_map(Step::Release),
+        3 => any::<(usize, bool)>().prop_map(|(index, told)| Step::Release(index, told)),
         1 => any::<usize>().prop_map(Step::BlockTopic),
-        2 => any::<usize>().prop_map(Step::FreeTopic),
+        2 => any::<(usize, bool)>().prop_map(|(index, told)| Step::FreeTopic(index, told)),
         1 => Just(Step::Lose),
         1 => Just(Step::NewEpoch),
     ]
@@ -59,6 +66,8 @@ struct Model {
     reader: Box<dyn Reader>,
     in_flight: Vec<Record>,
     held: Held,
+    /// As the reader knows it.
+    shown: Held,
     /// From where a hold's scope is to be read again.
     heads: BTreeMap<String, Reread>,
     reread: Vec<Reread>,
@@ -82,6 +91,7 @@ impl Model {
             place,
             in_flight: Vec::new(),
             held: Held::default(),
+            shown: Held::default(),
             heads: BTreeMap::new(),
             reread: Vec::new(),
             enqueued: 0,
@@ -128,7 +138,7 @@ impl Model {
                     }
                 }
             }
-            Step::Release(index) => {
+            Step::Release(index, told) => {
                 let keys = self
                     .held
                     .keys
@@ -146,6 +156,10 @@ impl Model {
                     return;
                 }
                 let (scope, position) = all.swap_remove(index % all.len());
+                let shown = match &scope {
+                    RereadScope::Key(key) => self.shown.keys.contains(&(Shard(0), key.clone())),
+                    _ => self.shown.messages.contains(&(Shard(0), position)),
+                };
                 let name = match &scope {
                     RereadScope::Key(key) => {
                         self.held.keys.remove(&(Shard(0), key.clone()));
@@ -156,7 +170,8 @@ impl Model {
                         position.to_string()
                     }
                 };
-                self.reread.extend(self.heads.remove(&name));
+                self.reread
+                    .extend(self.heads.remove(&name).filter(|_| *told || !shown));
             }
             Step::BlockTopic(index) => {
                 let Some(chosen) = self.choose(*index) else { return };
@@ -165,14 +180,16 @@ impl Model {
                 self.held.topics.insert(topic.clone());
                 self.note(format!("topic {topic}"), RereadScope::Shard, &dropped);
             }
-            Step::FreeTopic(index) => {
+            Step::FreeTopic(index, told) => {
                 let topics: Vec<_> = self.held.topics.iter().cloned().collect();
                 if topics.is_empty() {
                     return;
                 }
                 let topic = &topics[index % topics.len()];
                 self.held.topics.remove(topic);
-                self.reread.extend(self.heads.remove(&format!("topic {topic}")));
+                let head = self.heads.remove(&format!("topic {topic}"));
+                self.reread
+                    .extend(head.filter(|_| *told || !self.shown.topics.contains(topic)));
             }
             Step::Lose => {
                 let dropped = self.take(|_| true);
@@ -222,6 +239,7 @@ impl Model {
 
     async fn fetch(&mut self, max_rows: usize, max_bytes: usize) -> (usize, bool) {
         self.fetches += 1;
+        self.shown = self.held.clone();
         let asked = FetchRequest {
             in_flight: in_flight(&self.in_flight),
             held: Arc::new(self.held.clone()),
@@ -274,10 +292,10 @@ impl Model {
         let topics = self.held.topics.len();
         let others = self.held.keys.len() + self.held.messages.len();
         for _ in 0..topics {
-            self.apply(&Step::FreeTopic(0)).await;
+            self.apply(&Step::FreeTopic(0, true)).await;
         }
         for _ in 0..others {
-            self.apply(&Step::Release(0)).await;
+            self.apply(&Step::Release(0, true)).await;
         }
         let bound = 40 + 4 * self.enqueued;
         for round in 0.. {
@@ -420,6 +438,34 @@ async fn many_keys_released_at_once_all_come() {
         }
     }
     assert_eq!(count, 300);
+}
+
+/// A reader that never saw the topic before it was held cannot be told from where to read: rows of a key that had
+/// failed lie below the topic's head.
+#[tokio::test]
+async fn a_topic_released_after_a_restart_comes_whole() {
+    let place = Place::new();
+    fill(&place, "blocked", Some("k"), 20, 10);
+    fill(&place, "free", None, 1, 10);
+    let owned = place.lease().await;
+    let mut reader = place.store.reader().await.unwrap();
+    let mut held = Held::default();
+    held.topics.insert("blocked".into());
+    let asked = FetchRequest {
+        held: held.into(),
+        ..request(owned, 100)
+    };
+    assert_eq!(fetch(&mut reader, &asked).await.0.len(), 1);
+    let asked = FetchRequest {
+        reread: vec![Reread {
+            shard: Shard(0),
+            scope: RereadScope::Shard,
+            from: Position(17),
+        }],
+        ..request(owned, 100)
+    };
+    let records = fetch(&mut reader, &asked).await.0;
+    assert_eq!(records[0].position, Position(1));
 }
 
 #[tokio::test]

@@ -1,4 +1,10 @@
 //! Producers in any language: plain SQL through the real `sqlite3` shell, bytes exact.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! Making the schema, opening it, and what is wrong with files in the wild.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 mod common;
 
@@ -140,7 +146,7 @@ fn the_ordering_is_fixed_when_the_outbox_is_made() {
     let place = Place::new();
     let other = SqliteConfig {
         ordering: Ordering::Sequenced,
-        ..place.config.clone()
+        ..place.config
     };
     let error = SqliteStore::open(other.clone()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Schema);

@@ -114,14 +114,14 @@ async fn show(letters: &dyn DeadLetters, id: MessageId) -> Result<Answer> {
 
 /// Requeues or discards what was chosen.
 async fn act(choice: &DeadChoice, requeue: bool) -> Result<Answer> {
-    let wanted: BTreeSet<MessageId> = super::message_ids(&choice.ids)?.into_iter().collect();
+    let wanted: BTreeSet<MessageId> = super::message_ids(&choice.which.ids)?.into_iter().collect();
     let store = open(&choice.config)?;
     let letters = letters(&*store)?;
     let found: Vec<RecordRef> = all(letters, choice.topic.as_deref())
         .await?
         .iter()
         .map(|letter| letter.record)
-        .filter(|record| choice.all || wanted.contains(&record.id))
+        .filter(|record| choice.which.all || wanted.contains(&record.id))
         .collect();
     let mut done = 0;
     for page in found.chunks(PAGE) {
@@ -149,7 +149,8 @@ async fn act(choice: &DeadChoice, requeue: bool) -> Result<Answer> {
         output::notice(format!("there is no dead letter {id}"));
     }
     output::line(match requeue {
-        true => format!("requeued {done}; they are delivered behind what was enqueued meanwhile"),
+        true if done > 0 => format!("requeued {done}: they come behind what was enqueued meanwhile"),
+        true => "requeued 0".to_owned(),
         false => format!("discarded {done}"),
     })?;
     Ok(answer)

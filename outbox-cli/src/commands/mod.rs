@@ -26,7 +26,8 @@ pub(crate) fn run(args: &Args) -> Result<Answer> {
         Command::Relay(_) => "info",
         // It kills its own relay and says so; the log would say it again.
         Command::Demo(_) => "off",
-        _ => "warn",
+        // What librdkafka has to say comes back as the command's own failure.
+        _ => "warn,librdkafka=off",
     };
     logging::start(&args.log, default_filter)?;
     match &args.command {

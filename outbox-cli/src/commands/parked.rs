@@ -82,7 +82,7 @@ fn list(holds: &[Hold], json: bool) -> Result<Answer> {
 
 /// Resumes or buries what was chosen.
 async fn act(choice: &ParkedChoice, resume: bool) -> Result<Answer> {
-    let wanted: BTreeSet<MessageId> = super::message_ids(&choice.ids)?.into_iter().collect();
+    let wanted: BTreeSet<MessageId> = super::message_ids(&choice.which.ids)?.into_iter().collect();
     let store = super::store(&choice.config)?;
     let parking = parking(&*store)?;
     let (mut done, mut found) = (0, BTreeSet::new());
@@ -90,7 +90,7 @@ async fn act(choice: &ParkedChoice, resume: bool) -> Result<Answer> {
         .parked(usize::try_from(u32::MAX).unwrap_or(usize::MAX))
         .await?
     {
-        if !choice.all && !wanted.contains(&hold.head.id) {
+        if !choice.which.all && !wanted.contains(&hold.head.id) {
             continue;
         }
         let changed = match resume {

@@ -9,7 +9,7 @@ use super::signals::Signals;
 use crate::args::RelayArgs;
 use crate::exit::{Answer, Code, Failure, Result};
 use crate::output;
-use crate::settings::Settings;
+use crate::settings::{Settings, SinkSettings};
 use crate::stdout_sink::Gone;
 
 pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
@@ -24,7 +24,7 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
     // A store that is not there is told at once and by the exit code; later on the relay waits for it to come back.
     store.stats().await?;
 
-    tracing::info!(relay = %id, store = settings.store.describe(), drain = args.drain, "relay starts");
+    tracing::info!(relay = %id, store = settings.store.describe(), sink = settings.sink.as_ref().map(SinkSettings::describe), drain = args.drain, "relay starts");
     let (stop, stopped) = oneshot::channel::<()>();
     let shutdown = async {
         // The sender lives as long as the relay.
@@ -71,7 +71,6 @@ fn build(settings: &Settings, store: Arc<dyn OutboxStore>, gone: &Gone) -> Resul
         return Err(Failure::new(Code::Usage, "configuration: there is no sink")
             .hint("add [sink] with type = \"kafka\" or \"stdout\", or set OUTBOX_SINK__TYPE"));
     };
-    tracing::info!(sink = sink.describe(), "sink");
     Ok(Relay::new(store, sink.open(gone)?)
         .with_config(settings.relay.config.clone())
         .with_id(settings.relay.id()))

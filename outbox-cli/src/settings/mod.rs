@@ -146,7 +146,12 @@ impl SinkSettings {
             options.flatten();
         }
         let places = node.clone();
-        let config: KafkaConfig = read_section("sink", node)?;
+        // Whoever wrote the error may have put a value into its text.
+        let hide = |mut problem: Problem| {
+            problem.text = places.without_values(problem.text);
+            problem
+        };
+        let config: KafkaConfig = de::read(node).map_err(|problem| complain(hide(problem).within("sink")))?;
         let options_from_file: BTreeMap<String, PathBuf> = de::read(files.clone())
             .map_err(|problem| complain(problem.within("options_from_file").within("sink")))?;
         for name in options_from_file.keys() {

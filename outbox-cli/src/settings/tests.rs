@@ -195,6 +195,11 @@ fn a_variable_is_named_as_the_place() {
         line.contains("OUTBOX_RELAY__LEESE: relay.leese: unknown field"),
         "{line}"
     );
+    let line = refusal(STORE, &[("OUTBOX_RELY__LEASE", "5s")]);
+    assert!(
+        line.contains("OUTBOX_RELY__LEASE: unknown section `rely`"),
+        "{line}"
+    );
     let line = refusal(STORE, &[("OUTBOX_RELAY__BATCH_ROWS", "many")]);
     assert!(
         line.contains("OUTBOX_RELAY__BATCH_ROWS: relay.batch_rows: expected a whole number"),

@@ -42,9 +42,6 @@ pub(super) enum Origin {
     None,
 }
 
-/// The sections; also the only variables of the environment that are looked at.
-const SECTIONS: [&str; 3] = ["store", "sink", "relay"];
-
 impl Node {
     /// The file with the environment's variables over it.
     pub(super) fn load(file: Option<&Path>, environment: Vec<(String, String)>) -> Result<Self> {
@@ -126,6 +123,20 @@ impl Node {
         node.origin.clone()
     }
 
+    /// The text without any value of this tree that it may contain.
+    pub(super) fn without_values(&self, text: String) -> String {
+        // Shorter ones are no secrets, and might be parts of words.
+        const SHORTEST: usize = 4;
+        match &self.value {
+            Value::Text(value) | Value::Raw(value) if value.len() >= SHORTEST => text.replace(value, "***"),
+            Value::List(items) => items.iter().fold(text, |text, item| item.without_values(text)),
+            Value::Table(entries) => entries
+                .values()
+                .fold(text, |text, entry| entry.without_values(text)),
+            _ => text,
+        }
+    }
+
     /// Puts a variable's value in its place.
     fn overlay(&mut self, path: &[String], variable: &str, value: String) -> Result<()> {
         let origin = Origin::Environment(variable.to_owned());
@@ -192,6 +203,7 @@ impl Node {
     }
 }
 
+/// Variables with two underscores in a row are ours, so that a misspelt one is refused like any unknown setting:
 /// `OUTBOX_RELAY__RETRY__MAX` is `relay.retry.max`; in the options of a sink, whose names have dots and never
 /// underscores, `OUTBOX_SINK__OPTIONS__SASL_PASSWORD` is `sasl.password`.
 fn variable_path(variable: &str) -> Option<Vec<String>> {
@@ -200,7 +212,7 @@ fn variable_path(variable: &str) -> Option<Vec<String>> {
         .split("__")
         .map(str::to_ascii_lowercase)
         .collect();
-    if path.len() < 2 || !SECTIONS.contains(&path[0].as_str()) {
+    if path.len() < 2 {
         return None;
     }
     if path[0] == "sink" && path[1].starts_with("options") && path.len() > 2 {

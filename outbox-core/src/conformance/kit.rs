@@ -21,7 +21,7 @@ pub(super) const SHORT: Duration = Duration::from_millis(1_500);
 /// How long a condition may take to come true.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// More fetches than any scenario needs: a store that never comes to an end fails here.
-const MAX_FETCHES: usize = 20_000;
+const MAX_FETCHES: usize = 5_000;
 
 /// Polls a condition until it is true; fails with the text when it does not become so.
 macro_rules! eventually {
@@ -121,14 +121,7 @@ impl<H: StoreHarness> Bench<H> {
             .map(|number| self.keyed(&format!("spread-{number}"), &format!("{number}")))
             .collect();
         self.commit(&messages).await;
-        let mut records = Vec::new();
-        loop {
-            let some = owner.next(500).await;
-            if some.is_empty() {
-                break;
-            }
-            records.extend(some);
-        }
+        let records = owner.drain_without_settling().await;
         let one = records[0].clone();
         let other = records.iter().find(|record| record.shard != one.shard);
         let other = other.unwrap_or_else(|| {
@@ -244,6 +237,19 @@ impl Relay {
     /// Fetches and settles until nothing is eligible; gives what came, in order.
     pub(super) async fn drain(&mut self) -> Vec<Record> {
         self.drain_by(500).await
+    }
+
+    /// Fetches until nothing more comes; all of it stays in flight.
+    pub(super) async fn drain_without_settling(&mut self) -> Vec<Record> {
+        let mut all = Vec::new();
+        loop {
+            let records = self.next(1_000).await;
+            if records.is_empty() {
+                return all;
+            }
+            all.extend(records);
+            assert!(all.len() < 20_000, "what is in flight must not be returned again");
+        }
     }
 
     pub(super) async fn drain_by(&mut self, rows: usize) -> Vec<Record> {

@@ -146,6 +146,30 @@ macro_rules! __for_each_store_scenario {
 macro_rules! __for_each_sink_scenario {
     ([$($callback:tt)+] $($arguments:tt)*) => {
         $($callback)+! { $($arguments)*
+            order::order_within_key [];
+            order::order_across_batches [];
+            order::order_under_pressure [];
+
+            outcomes::one_outcome_each [];
+            outcomes::outcomes_are_in_order [Poison];
+            outcomes::delivered_is_durable [];
+            outcomes::no_repetition_without_fault [];
+            outcomes::content_arrives [];
+            outcomes::dropped_receipt_does_no_harm [];
+
+            failure::poison_is_alone [Poison];
+            failure::failure_stops_key [Poison, StopsKey];
+            failure::retry_stops_key [Refuse, StopsKey];
+            failure::retry_needs_stopping [Refuse, GoesOn];
+            failure::blocked_topic_lets_others_flow [Block];
+            failure::broken_is_rebuilt [Break];
+
+            outage::outage_blames_nobody [Outage];
+            outage::outage_stops_key [Outage];
+            outage::purge_resolves_everything [Delay];
+            outage::purge_of_nothing_does_no_harm [];
+            outage::publish_can_be_dropped [];
+            outage::rebuild_does_no_harm [];
         }
     };
 }
@@ -230,11 +254,11 @@ macro_rules! collect_stores {
 pub(super) use collect_stores;
 
 macro_rules! collect_sinks {
-    ([$harness:ident] $($theme:ident :: $name:ident [$($need:expr),*];)*) => {
+    ([$harness:ident] $($theme:ident :: $name:ident [$($need:ident),*];)*) => {
         vec![$($crate::conformance::Scenario {
             name: stringify!($name),
             theme: stringify!($theme),
-            needs: &[$($need),*],
+            needs: &[$($crate::conformance::SinkNeed::$need),*],
             run: || Box::pin($crate::conformance::sink::$theme::$name::<$harness>()),
         }),*]
     };

@@ -65,12 +65,22 @@ pub enum StoreNeed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SinkNeed {
-    /// The harness can bring this fault about.
-    Fault(SinkFault),
+    /// The harness can make the destination refuse a message once.
+    Refuse,
+    /// The harness can block a topic.
+    Block,
+    /// The harness can begin and end an outage.
+    Outage,
+    /// The harness can break the sink.
+    Break,
+    /// The harness can delay what is sent.
+    Delay,
     /// There are messages that the destination never takes.
     Poison,
     /// The sink stops a key at a failure.
     StopsKey,
+    /// The sink goes on behind a failure.
+    GoesOn,
 }
 
 impl StoreNeed {
@@ -105,18 +115,25 @@ impl StoreNeed {
 impl SinkNeed {
     /// Why a sink, as its harness drives it, does not meet the need; none when it does.
     pub async fn missing<H: SinkHarness>(self, harness: &H) -> Option<&'static str> {
-        match self {
-            Self::Fault(fault) if !harness.faults().contains(&fault) => {
-                Some("its harness cannot bring the fault about")
-            }
-            Self::Poison if harness.poison("key").await.is_none() => {
-                Some("its harness knows no message that is never taken")
-            }
-            Self::StopsKey if !harness.sink().await.capabilities().stops_key_at_failure => {
-                Some("it delivers what follows a refused message, and says so")
-            }
-            _ => None,
-        }
+        let can = |fault| harness.faults().contains(&fault);
+        let stops = harness.sink().await.capabilities().stops_key_at_failure;
+        let (met, why) = match self {
+            Self::Refuse => (
+                can(SinkFault::Refuse),
+                "its harness cannot make it refuse a message once",
+            ),
+            Self::Block => (can(SinkFault::Block), "its harness cannot block a topic"),
+            Self::Outage => (can(SinkFault::Outage), "its harness cannot begin an outage"),
+            Self::Break => (can(SinkFault::Break), "its harness cannot break it"),
+            Self::Delay => (can(SinkFault::Delay), "its harness cannot delay what is sent"),
+            Self::Poison => (
+                harness.poison("key").await.is_some(),
+                "its harness knows no message that is never taken",
+            ),
+            Self::StopsKey => (stops, "it goes on behind a failure, and says so"),
+            Self::GoesOn => (!stops, "it stops a key at a failure"),
+        };
+        (!met).then_some(why)
     }
 }
 

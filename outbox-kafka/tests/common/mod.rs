@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use outbox_core::{Message, MessageBuilder, Outcome, Position, Record, Shard, Sink};
 use outbox_kafka::{KafkaConfig, KafkaSink};
 use rdkafka::ClientConfig;
+use rdkafka::Message as _;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -105,31 +106,30 @@ pub fn read_all(servers: &str, topic: &str) -> Vec<OwnedMessage> {
     let metadata = consumer
         .fetch_metadata(Some(topic), Duration::from_secs(10))
         .unwrap();
-    let mut messages = Vec::new();
+    let mut assignment = TopicPartitionList::new();
+    let mut left = 0;
     for partition in metadata.topics()[0].partitions() {
         let (low, high) = consumer
             .fetch_watermarks(topic, partition.id(), Duration::from_secs(10))
             .unwrap();
-        let mut assignment = TopicPartitionList::new();
-        assignment
-            .add_partition_offset(topic, partition.id(), Offset::Offset(low))
-            .unwrap();
-        consumer.assign(&assignment).unwrap();
-        let end = Instant::now() + Duration::from_secs(20);
-        let mut next = low;
-        while next < high {
-            assert!(
-                Instant::now() < end,
-                "{topic}/{} ends at {next}, expected {high}",
-                partition.id()
-            );
-            if let Some(message) = consumer.poll(Duration::from_millis(100)) {
-                let message = message.unwrap();
-                next = rdkafka::Message::offset(&message) + 1;
-                messages.push(message.detach());
-            }
+        if low < high {
+            left += high - low;
+            assignment
+                .add_partition_offset(topic, partition.id(), Offset::Offset(low))
+                .unwrap();
         }
     }
+    consumer.assign(&assignment).unwrap();
+    let mut messages = Vec::new();
+    let end = Instant::now() + Duration::from_secs(20);
+    while left > 0 {
+        assert!(Instant::now() < end, "{left} messages of {topic} do not come");
+        if let Some(message) = consumer.poll(Duration::from_millis(100)) {
+            messages.push(message.unwrap().detach());
+            left -= 1;
+        }
+    }
+    messages.sort_by_key(|message| (message.partition(), message.offset()));
     messages
 }
 
@@ -137,9 +137,7 @@ pub fn read_all(servers: &str, topic: &str) -> Vec<OwnedMessage> {
 pub fn payloads(messages: &[OwnedMessage]) -> Vec<String> {
     messages
         .iter()
-        .map(|message| {
-            String::from_utf8(rdkafka::Message::payload(message).unwrap_or_default().to_vec()).unwrap()
-        })
+        .map(|message| String::from_utf8(message.payload().unwrap_or_default().to_vec()).unwrap())
         .collect()
 }
 
@@ -203,4 +201,50 @@ pub async fn create_topic(name: &str, partitions: i32, config: &[(&str, &str)]) 
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("{name} was not made");
+}
+
+/// What an ACL allows.
+#[derive(Clone, Copy)]
+pub enum Operation {
+    Write = 4,
+    Describe = 8,
+}
+
+/// Grants the test user an operation on a topic. rdkafka has no call for it, so the request is written by hand:
+/// CreateAcls, version 1.
+pub fn grant(topic: &str, operation: Operation) {
+    use std::io::{Read, Write};
+
+    fn string(request: &mut Vec<u8>, text: &str) {
+        request.extend(i16::try_from(text.len()).unwrap().to_be_bytes());
+        request.extend(text.as_bytes());
+    }
+    let mut request = vec![0, 30, 0, 1, 0, 0, 0, 1];
+    string(&mut request, "test");
+    request.extend([0, 0, 0, 1]);
+    request.push(2); // a topic
+    string(&mut request, topic);
+    request.push(3); // of exactly this name
+    string(&mut request, &format!("User:{}", env("OUTBOX_TEST_KAFKA_USER")));
+    string(&mut request, "*");
+    request.extend([operation as u8, 3]); // allow
+    let mut connection = std::net::TcpStream::connect(broker()).unwrap();
+    connection
+        .write_all(&i32::try_from(request.len()).unwrap().to_be_bytes())
+        .unwrap();
+    connection.write_all(&request).unwrap();
+    // Length, correlation, throttle time, number of results, the error of the one.
+    let mut response = [0; 18];
+    connection.read_exact(&mut response).unwrap();
+    assert_eq!(response[16..], [0, 0], "the ACL was refused");
+}
+
+/// The configuration with which the test user logs in over TLS.
+pub fn login() -> KafkaConfig {
+    quick(env("OUTBOX_TEST_KAFKA_TLS"))
+        .option("security.protocol", "SASL_SSL")
+        .option("sasl.mechanism", "SCRAM-SHA-512")
+        .option("sasl.username", env("OUTBOX_TEST_KAFKA_USER"))
+        .option("sasl.password", env("OUTBOX_TEST_KAFKA_PASSWORD"))
+        .option("ssl.ca.location", env("OUTBOX_TEST_KAFKA_CA"))
 }

@@ -33,6 +33,8 @@ enum Kind {
 pub(super) const PARTITIONS: i32 = 6;
 /// How long a real broker may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to look for one at all.
+const REACH: Duration = Duration::from_secs(5);
 /// What an acknowledgement takes in the mock, so that some are under way at any time.
 const MOCK_ROUND_TRIP: Duration = Duration::from_millis(5);
 
@@ -69,10 +71,7 @@ impl Broker {
                 "is a broker listening at {servers}, without TLS or login?"
             ))
         };
-        admin
-            .inner()
-            .fetch_metadata(None, PATIENCE)
-            .map_err(unreachable)?;
+        admin.inner().fetch_metadata(None, REACH).map_err(unreachable)?;
         // Random, so that demos do not meet.
         let random = MessageId::new().to_string();
         let topic = format!("outbox-demo-{}", &random[random.len() - 12..]);

@@ -28,6 +28,7 @@ use self::stage::Progress;
 use super::signals::Signals;
 use crate::args::DemoArgs;
 use crate::exit::{Answer, Code, Failure, Result};
+use crate::output;
 
 /// Which part of the effects has happened when the relay is killed.
 const KILL_AT: f64 = 0.4;
@@ -57,9 +58,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<Answer> {
     broker.close(&runtime);
     runtime.shutdown_background();
 
-    let Some(verdict) = played? else {
-        return Ok(Answer::Interrupted(2));
-    };
+    if let Some(signal) = progress.interrupted() {
+        return Ok(Answer::Interrupted(signal));
+    }
+    let verdict = played?;
     if args.json {
         report::json(&verdict, args, took)?;
     } else {
@@ -68,14 +70,14 @@ pub(crate) fn run(args: &DemoArgs) -> Result<Answer> {
     Ok(if verdict.kept { Answer::Yes } else { Answer::No })
 }
 
-/// The whole play; nothing when the user had enough.
+/// The whole play. When the user has had enough it hurries to its end, where all threads have ended.
 fn play(
     args: &DemoArgs,
     directory: &Path,
     broker: &Broker,
     runtime: &Runtime,
     progress: &Arc<Progress>,
-) -> Result<Option<Verdict>> {
+) -> Result<Verdict> {
     let shop = Shop::open(directory, &broker.topic)?;
     let store = SqliteStore::open(shop.config.clone())?;
     let consumer = consumer::start(directory, broker, progress)?;
@@ -101,7 +103,8 @@ fn play(
     wait_until(progress, || progress.effects() >= kill_at);
     first.kill()?;
     progress.say(format!(
-        "the relay is KILLED after {} orders; producers go on",
+        "the relay is {} after {} orders; producers go on",
+        output::alarming_on_stderr("KILLED"),
         progress.effects()
     ));
     let second = Running::start("second", &shop.config, &broker.servers)?;
@@ -127,9 +130,6 @@ fn play(
     let consumed = consumer
         .join()
         .map_err(|_| Failure::new(Code::Unexpected, "the consumer of the demo panicked"))??;
-    if progress.stopping() {
-        return Ok(None);
-    }
     let journal = Journal {
         committed: placed.committed,
         rolled_back: placed.rolled_back,
@@ -139,7 +139,7 @@ fn play(
         consumer: consumed.books,
         left: runtime.block_on(store.stats())?.backlog.value(),
     };
-    Ok(Some(journal.verdict()))
+    Ok(journal.verdict())
 }
 
 /// Waits for something, but not when there are no more effects, nor when the user has had enough: what is missing
@@ -173,8 +173,7 @@ fn stop_at_signal(runtime: &Runtime, progress: Arc<Progress>) -> Result<()> {
         Failure::new(Code::Unexpected, format!("listen for signals: {error}")).because(&error)
     })?;
     runtime.spawn(async move {
-        signals.next().await;
-        progress.stop();
+        progress.interrupt(signals.next().await);
         let signal = signals.next().await;
         std::process::exit(128 + i32::from(signal));
     });

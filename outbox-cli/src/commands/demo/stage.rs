@@ -1,7 +1,7 @@
 //! What can be watched while the demo runs: progress bars on a terminal, plain lines elsewhere; all on stderr.
 
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -16,6 +16,8 @@ pub(super) struct Progress {
     applied: AtomicU64,
     /// Somebody wants out: the user, or an error.
     stopping: AtomicBool,
+    /// The signal with which the user wanted out; 0 for none.
+    signal: AtomicU8,
     /// Nothing more will be delivered: read what is there and end.
     finishing: AtomicBool,
     bars: Option<Bars>,
@@ -36,6 +38,7 @@ impl Progress {
             delivered: AtomicU64::new(0),
             applied: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+            signal: AtomicU8::new(0),
             finishing: AtomicBool::new(false),
             bars: std::io::stderr()
                 .is_terminal()
@@ -43,8 +46,11 @@ impl Progress {
         }
     }
 
-    /// Tells what has just happened, and when.
+    /// Tells what has just happened, and when; nothing any more when the play ends early.
     pub(super) fn say(&self, text: impl AsRef<str>) {
+        if self.stopping() {
+            return;
+        }
         let seconds = self.started.elapsed().as_secs_f64();
         let line = format!("{seconds:>5.1} s  {}", text.as_ref());
         match &self.bars {
@@ -88,6 +94,17 @@ impl Progress {
 
     pub(super) fn stop(&self) {
         self.stopping.store(true, Relaxed);
+    }
+
+    /// Ends the play because the user wants it.
+    pub(super) fn interrupt(&self, signal: u8) {
+        self.signal.store(signal, Relaxed);
+        self.stop();
+    }
+
+    /// The signal with which the user ended the play.
+    pub(super) fn interrupted(&self) -> Option<u8> {
+        Some(self.signal.load(Relaxed)).filter(|signal| *signal != 0)
     }
 
     pub(super) fn stopping(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::harness::StoreHarness;
-use super::super::kit::{Bench, LONG, Relay, eventually, numbered, of_key, sorted, texts};
+use super::super::kit::{Bench, LONG, eventually, numbered, of_key, sorted, texts};
 use crate::fetch::Record;
 use crate::lease::Membership;
 
@@ -384,24 +384,6 @@ pub async fn huge_transaction_flows<H: StoreHarness>() {
             own.len() == 100 && own.is_sorted(),
             "key {key} came out of order: {own:?}"
         );
-    }
-}
-
-impl Relay {
-    /// Fetches until nothing more comes; all of it stays in flight.
-    pub(super) async fn drain_without_settling(&mut self) -> Vec<Record> {
-        let mut all = Vec::new();
-        loop {
-            let records = self.next(1_000).await;
-            if records.is_empty() {
-                return all;
-            }
-            all.extend(records);
-            assert!(
-                all.len() < 100_000,
-                "what is in flight must not be returned again"
-            );
-        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Command, Flight, KeyFlights, Machine, Note, SERIAL_WAITING, Stage};
 use crate::error::Result;
-use crate::fetch::{FetchRequest, Fetched, InFlight, Record, Reread, RereadScope};
+use crate::fetch::{FetchRequest, Fetched, Held, InFlight, Record, Reread, RereadScope};
 use crate::scheduled::Promotion;
 use crate::shard::{OwnedShard, Position, Shard};
 
@@ -28,8 +28,10 @@ pub(super) struct Fetching {
 }
 
 #[derive(Debug)]
-struct Asked {
-    shards: Vec<OwnedShard>,
+pub(super) struct Asked {
+    pub(super) shards: Vec<OwnedShard>,
+    /// What was left out.
+    pub(super) held: Arc<Held>,
     /// See [`super::publishing::Publishing::generation`].
     generation: u64,
 }
@@ -89,6 +91,7 @@ impl Machine {
         self.fetching.nothing = false;
         self.fetching.asked = Some(Asked {
             shards: shards.clone(),
+            held: self.holds.held(),
             generation: self.publishing.generation,
         });
         let config = &self.setup.config;
@@ -173,7 +176,7 @@ impl Machine {
         }
         if empty && !more && current {
             self.fetching.nothing = true;
-            self.drop_vanished_holds();
+            self.drop_vanished_holds(&asked);
         }
         self.pace(empty && !more, now);
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fetching::Asked;
 use super::{Command, Machine, Note};
 use crate::error::Result;
 use crate::fetch::{Held, RecordRef, Reread, RereadScope};
@@ -47,8 +48,8 @@ struct Entry {
     written: bool,
     /// Since which moment the store is known to have it.
     durable: Option<u64>,
-    /// Whether its head leaves for the dead letters, so that nothing remains of it once it is released.
-    burial: bool,
+    /// Whether its head is done with, so that nothing remains of it once it is released.
+    over: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,6 +203,12 @@ impl Holds {
             .map_or(0, |entry| entry.attempts)
     }
 
+    /// The head of a key that was released and has met no fate yet, and how often it failed before.
+    pub(super) fn tried(&self, shard: Shard, key: Option<&OrderKey>) -> Option<(RecordRef, u32)> {
+        let entry = self.entries.get(&(shard, Scope::Key(key?.clone())))?;
+        Some((entry.head, entry.attempts))
+    }
+
     /// In serial mode: more of a key came than may wait here.
     pub(super) fn overflow(&mut self, shard: Shard, key: &OrderKey, position: Position) {
         Arc::make_mut(&mut self.held).keys.insert((shard, key.clone()));
@@ -270,7 +277,10 @@ impl Holds {
         let from = before
             .as_ref()
             .map_or(head.position, |entry| entry.from.min(head.position));
-        let written = before.is_some_and(|entry| entry.written);
+        let written = before.as_ref().is_some_and(|entry| entry.written);
+        let durable = before
+            .filter(|entry| entry.head == head)
+            .and_then(|entry| entry.durable);
         self.entries.insert(
             (shard, scope),
             Entry {
@@ -279,8 +289,8 @@ impl Holds {
                 attempts,
                 state,
                 written,
-                durable: None,
-                burial: false,
+                durable,
+                over: false,
             },
         );
     }
@@ -303,6 +313,11 @@ impl Holds {
             Scope::Key(key) => held.keys.remove(&(shard, key.clone())),
             Scope::Message(position) => held.messages.remove(&(shard, *position)),
         };
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_overflows(&self) -> bool {
+        !self.overflows.is_empty()
     }
 
     /// Notes which holds a committed settlement has made durable.
@@ -343,6 +358,7 @@ impl Machine {
         if let Some(reason) = reason {
             if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
                 entry.written = true;
+                entry.durable = None;
             }
             let state = match due {
                 Some(due) => HoldState::Retrying {
@@ -369,7 +385,7 @@ impl Machine {
         self.holds
             .wait(shard, scope.clone(), record, 0, State::Waiting { due: now });
         if let Some(entry) = self.holds.entries.get_mut(&(shard, scope)) {
-            entry.burial = true;
+            entry.over = true;
         }
     }
 
@@ -404,20 +420,27 @@ impl Machine {
             return;
         }
         let scope = key.map_or(Scope::Message(record.position), |key| Scope::Key(key.clone()));
-        if self
+        let place = (shard, scope);
+        let Some(entry) = self
             .holds
             .entries
-            .get(&(shard, scope.clone()))
-            .is_none_or(|entry| entry.head != record)
-        {
+            .get_mut(&place)
+            .filter(|entry| entry.head == record)
+        else {
             return;
+        };
+        let written = std::mem::take(&mut entry.written);
+        if matches!(entry.state, State::Trying { .. }) {
+            self.holds.entries.remove(&place);
+        } else {
+            // What followed it was dropped, and is still to be read again.
+            entry.over = true;
+            entry.attempts = 0;
         }
-        if let Some(entry) = self.holds.remove(shard, &scope)
-            && entry.written
-        {
+        if written {
             self.settle_hold(HoldChange::Clear(HoldRef {
                 shard,
-                scope: scope.for_store(),
+                scope: place.1.for_store(),
                 head: record,
             }));
         }
@@ -451,7 +474,7 @@ impl Machine {
                 continue;
             }
             let from = entry.from;
-            if entry.burial {
+            if entry.over {
                 self.holds.remove(shard, &scope);
             } else {
                 let state = std::mem::replace(&mut entry.state, State::Trying { fetch });
@@ -620,15 +643,21 @@ impl Machine {
         self.note(Note::TopicFlows { topic: topic.clone() });
     }
 
-    /// Nothing is left to read: whatever was released and did not come is gone, taken out by hand.
-    pub(super) fn drop_vanished_holds(&mut self) {
+    /// Nothing is left to read: whatever was released, was asked for and did not come is gone, taken out by hand.
+    pub(super) fn drop_vanished_holds(&mut self, asked: &Asked) {
         let answered = self.fetching.count;
         let vanished: Vec<(Shard, Scope, RecordRef)> = self
             .holds
             .entries
             .iter()
-            .filter(|((shard, _), entry)| {
+            .filter(|((shard, scope), entry)| {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
+                    && asked.shards.iter().any(|owned| owned.shard == *shard)
+                    && match scope {
+                        Scope::Key(key) => !asked.held.topics.contains(&key.topic),
+                        // Its topic is not known here; it may be one of those that are held.
+                        Scope::Message(_) => asked.held.topics.is_empty(),
+                    }
                     && !self.flights.contains_key(&(*shard, entry.head.position))
             })
             .map(|((shard, scope), entry)| (*shard, scope.clone(), entry.head))
@@ -900,6 +929,7 @@ impl Machine {
                 .wait(shard, scope.clone(), head, 0, State::Waiting { due: now });
             if let Some(entry) = self.holds.entries.get_mut(&(shard, scope)) {
                 entry.written = false;
+                entry.durable = None;
             }
         }
     }

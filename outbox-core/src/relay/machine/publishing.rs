@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::holding::Wait;
-use super::{BatchId, Command, Machine, Note, Stage};
+use super::{BatchId, Command, Flight, Machine, Note, Stage};
 use crate::error::Result;
 use crate::fetch::Record;
 use crate::settle::Death;
@@ -191,8 +191,7 @@ impl Machine {
             {
                 let place = (record.shard, record.position);
                 if let Some(defect) = record.defect.take() {
-                    // It never goes to the sink: nobody could make sense of it.
-                    self.conclude(place, Outcome::Poison(defect.into()), now);
+                    self.conclude_defect(place, defect, now);
                     continue;
                 }
                 if let Some(flight) = self.flights.get_mut(&place) {
@@ -334,23 +333,8 @@ impl Machine {
                 );
                 self.resolve(shard, position);
             }
-            Outcome::Skipped => {
-                self.drop_flight(shard, position);
-                if !self.holds.keep_out(shard, position, key.as_ref()) {
-                    // Its predecessor is settled otherwise; this one, and what follows, is simply read again.
-                    self.hold_record(
-                        shard,
-                        record,
-                        key,
-                        Wait {
-                            attempts,
-                            due: Some(now),
-                            reason: None,
-                        },
-                        now,
-                    );
-                }
-            }
+            // Its predecessor is settled otherwise.
+            Outcome::Skipped => self.read_again(place, now),
             Outcome::TopicBlocked(reason) => {
                 self.hold_topic(shard, record, topic, now, &reason);
                 self.drop_flight(shard, position);
@@ -358,6 +342,49 @@ impl Machine {
             Outcome::Outage(reason) => self.doubt(place, reason, false),
             Outcome::Unknown(reason) => self.doubt(place, reason, false),
             Outcome::Broken(reason) => self.doubt(place, reason, true),
+        }
+    }
+
+    /// Drops a record and what follows it of its key, to be read again when nothing of the key is with the sink.
+    fn read_again(&mut self, (shard, position): (Shard, Position), now: Duration) {
+        let Some(flight) = self.drop_flight(shard, position) else {
+            return;
+        };
+        if self.holds.keep_out(shard, position, flight.key.as_ref()) {
+            return;
+        }
+        // When the key's own head is still being tried, the hold stays that one's, with its attempts.
+        let (record, attempts) = self
+            .holds
+            .tried(shard, flight.key.as_ref())
+            .unwrap_or((flight.record, flight.attempts));
+        let wait = Wait {
+            attempts,
+            due: Some(now),
+            reason: None,
+        };
+        self.hold_record(shard, record, flight.key, wait, now);
+    }
+
+    /// A record that nobody can make sense of is given up without ever going to the sink, but not before its
+    /// predecessors are done with: its key would stop at it and they would wait behind it.
+    fn conclude_defect(&mut self, place: (Shard, Position), defect: String, now: Duration) {
+        let Some(Flight { key, topic, .. }) = self.flights.get(&place) else {
+            return;
+        };
+        let follows = key.is_some()
+            && self
+                .flights
+                .values()
+                .any(|other| matches!(other.stage, Stage::Sent(_)) && other.key == *key);
+        let topic = topic.clone();
+        // It says nothing of its topic.
+        self.holds.probe_dropped(place.0, place.1, &topic);
+        if follows {
+            self.read_again(place, now);
+        } else {
+            let attempts = self.flights.get(&place).map_or(0, |flight| flight.attempts);
+            self.give_up(place, attempts.saturating_add(1), defect.into(), now);
         }
     }
 
