@@ -153,7 +153,36 @@ impl From<Output> for Run {
 }
 
 /// The demo placed 200 orders and says that every part of the promise held.
-pub 
+pub fn kept(run: &Run) {
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let report = one_object(&run.stdout);
+    let (committed, rolled_back) = (
+        report["committed"].as_u64().unwrap(),
+        report["rolled_back"].as_u64().unwrap(),
+    );
+    assert_eq!(committed + rolled_back, 200, "{report}");
+    assert_eq!(report["delivered"], committed, "{report}");
+    assert_eq!(
+        report["duplicates_at_broker"], report["duplicates_dropped"],
+        "{report}"
+    );
+    assert_eq!(report["sum_expected"], report["sum_applied"], "{report}");
+    for zero in [
+        "lost",
+        "phantoms",
+        "order_gaps",
+        "accounts_wrong",
+        "left_in_outbox",
+    ] {
+        assert_eq!(report[zero], 0, "{zero}: {report}");
+    }
+    assert_eq!(report["kept"], true, "{report}");
+    let checks = report["checks"].as_object().unwrap();
+    assert!(
+        checks.len() == 5 && checks.values().all(|held| held == true),
+        "{report}"
+    );
+}
 
 /// A process that does not outlive its test.
 pub struct Running(Option<Child>);

@@ -33,9 +33,10 @@ impl Backoff {
         self.ceiling(attempts).mul_f64(random.f64())
     }
 
-    pub(super) fn check(&self, field: &'static str) -> Result<()> {
-        in_range(field, self.initial, Duration::from_millis(1), self.max)?;
-        in_range(field, self.max, self.initial, Duration::from_secs(24 * 3600))
+    /// Whether both are within their ranges; `fields` are the names of `initial` and `max` for people.
+    pub(super) fn check(&self, fields: [&'static str; 2]) -> Result<()> {
+        in_range(fields[0], self.initial, Duration::from_millis(1), self.max)?;
+        in_range(fields[1], self.max, self.initial, Duration::from_secs(24 * 3600))
     }
 }
 

@@ -129,9 +129,11 @@ impl RelayConfig {
             Duration::from_millis(100),
             hour,
         )?;
-        self.retry.check("retry")?;
-        self.topic_retry.check("topic_retry")?;
-        self.outage_retry.check("outage_retry")
+        self.retry.check(["retry.initial", "retry.max"])?;
+        self.topic_retry
+            .check(["topic_retry.initial", "topic_retry.max"])?;
+        self.outage_retry
+            .check(["outage_retry.initial", "outage_retry.max"])
     }
 }
 
