@@ -43,8 +43,7 @@ fn duration() -> Duration {
 /// Without faults nothing is lost, nothing arrives twice, and all is in order.
 #[test]
 fn three_relays_without_faults() {
-    let Some(servers) = broker() else { return };
-    let stage = Stage::new(&servers, Relays::default());
+    let stage = Stage::new(&broker(), Relays::default());
     let mut relays: Vec<Relay> = (0..3).map(|_| stage.relay()).collect();
     stage.write(&stage.load(Duration::ZERO));
     stage.wait_until_drained(&mut relays);
@@ -56,8 +55,7 @@ fn three_relays_without_faults() {
 /// A relay is killed every second, the owner more often than not, and another started at once.
 #[test]
 fn kill_9_every_second() {
-    let Some(servers) = broker() else { return };
-    let stage = Stage::new(&servers, SHORT_LEASE);
+    let stage = Stage::new(&broker(), SHORT_LEASE);
     let begin = Instant::now();
     let mut relays: Vec<Relay> = (0..3).map(|_| stage.relay()).collect();
     let (mut kills, mut owners) = (0, 0);
@@ -96,10 +94,9 @@ fn kill_9_every_second() {
 /// SIGTERM with a backlog in flight: it ends in time, gives the outbox away at once, and nothing arrives twice.
 #[test]
 fn sigterm_with_a_backlog() {
-    let Some(servers) = broker() else { return };
     let grace = SECOND * 5;
     let stage = Stage::new(
-        &servers,
+        &broker(),
         Relays {
             grace,
             rate_limit: Some(10_000),
@@ -136,11 +133,10 @@ fn sigterm_with_a_backlog() {
 /// its settlement, if it had one under way, is refused.
 #[test]
 fn a_zombie_is_fenced() {
-    let Some(servers) = broker() else { return };
     // So slow that there is something in flight at every stop.
     let lease = SECOND * 2;
     let stage = Stage::new(
-        &servers,
+        &broker(),
         Relays {
             lease,
             rate_limit: Some(1_000),
@@ -211,9 +207,6 @@ fn count(relay: &Relay, what: &str) -> usize {
 #[test]
 fn the_broker_is_killed_under_load() {
     const KILLS: usize = 3;
-    if broker().is_none() {
-        return;
-    }
     if !cfg!(target_os = "linux") {
         return say("not run: scripts/services starts servers on Linux only");
     }
