@@ -22,7 +22,8 @@ pub(super) struct Fetching {
     /// Whether the last answer was empty, whole and accepted.
     nothing: bool,
     failures: u32,
-    promoting: bool,
+    /// The shards whose messages are being promoted.
+    promoting: Option<Vec<OwnedShard>>,
     promote_next: Duration,
     promote_failures: u32,
 }
@@ -282,7 +283,7 @@ impl Machine {
 
     pub(super) fn poll_promote(&mut self, now: Duration) -> Option<Command> {
         if !self.setup.scheduled
-            || self.fetching.promoting
+            || self.fetching.promoting.is_some()
             || self.stopping
             || now < self.fetching.promote_next
         {
@@ -292,32 +293,39 @@ impl Machine {
         if shards.is_empty() {
             return None;
         }
-        self.fetching.promoting = true;
+        self.fetching.promoting = Some(shards.clone());
         Some(Command::Promote { shards })
     }
 
     pub(super) fn promote_due(&self) -> Option<Duration> {
         let runs = self.setup.scheduled
-            && !self.fetching.promoting
+            && self.fetching.promoting.is_none()
             && !self.stopping
             && self.leasing.owned.values().any(super::leasing::Owned::is_active);
         runs.then_some(self.fetching.promote_next)
     }
 
     pub(super) fn promoted(&mut self, result: Result<Promotion>, now: Duration) {
-        self.fetching.promoting = false;
+        let asked = self.fetching.promoting.take().unwrap_or_default();
         match result {
             Ok(promotion) => {
                 self.fetching.promote_failures = 0;
                 for shard in promotion.lost {
                     self.note(Note::Fenced(shard));
-                    self.lose(shard, "taken");
+                    let same = |owned: &OwnedShard| self.leasing.owns(owned.shard, owned.epoch);
+                    if asked.iter().any(|owned| owned.shard == shard && same(owned)) {
+                        self.lose(shard, "taken");
+                    }
                 }
-                if promotion.promoted > 0 {
-                    self.fetching.wake();
-                }
-                self.fetching.promote_next =
-                    now + promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
+                let pause = promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
+                self.fetching.promote_next = now
+                    + if promotion.promoted > 0 {
+                        self.fetching.wake();
+                        pause
+                    } else {
+                        // What is due and was not promoted waits for its producers.
+                        pause.max(self.setup.config.poll_busy)
+                    };
             }
             Err(error) => {
                 self.fetching.promote_failures = self.fetching.promote_failures.saturating_add(1);

@@ -118,7 +118,7 @@ impl Machine {
     }
 
     pub(super) fn settle_due(&self) -> Option<Duration> {
-        (!self.settling.busy && self.settling.current.is_some()).then_some(self.settling.next)
+        (!self.settling.busy && !self.settling.is_empty()).then_some(self.settling.next)
     }
 
     pub(super) fn settled(&mut self, result: Result<Settled>, now: Duration) {
@@ -155,7 +155,14 @@ impl Machine {
     fn committed(&mut self, settlement: &Settlement, settled: &Settled) {
         for shard in &settled.lost {
             self.note(Note::Fenced(*shard));
-            self.lose(*shard, "taken");
+            // It may be ours again by now, under another epoch; then its part was forgotten when it was lost.
+            if settlement
+                .shards
+                .iter()
+                .any(|part| part.shard == *shard && self.leasing.owns(part.shard, part.epoch))
+            {
+                self.lose(*shard, "taken");
+            }
         }
         for part in &settlement.shards {
             if !self.leasing.owns(part.shard, part.epoch) {
