@@ -53,16 +53,10 @@ impl Fetching {
 
 impl Machine {
     pub(super) fn poll_fetch(&mut self, now: Duration) -> Option<Command> {
-        if now < self.fetching.next && !self.fetching.woken && self.holds.due().is_none_or(|due| due > now) {
-            return None;
-        }
-        if !self.may_fetch() {
+        if self.fetch_due()? > now {
             return None;
         }
         let shards = self.leasing.active();
-        if shards.is_empty() {
-            return None;
-        }
         self.fetching.count += 1;
         let mut reread = self.release_due_holds(now);
         for owned in &shards {
@@ -123,14 +117,20 @@ impl Machine {
         if !self.may_fetch() || self.leasing.owned.values().all(|owned| !owned.is_active()) {
             return None;
         }
+        if self.fetching.failures > 0 {
+            // However much there is to do: a store that fails is not to be pestered.
+            return Some(self.fetching.next);
+        }
         if self.fetching.woken {
             return Some(Duration::ZERO);
         }
-        Some(
-            self.holds
-                .due()
-                .map_or(self.fetching.next, |due| due.min(self.fetching.next)),
-        )
+        let due = self.holds.due();
+        Some(due.map_or(self.fetching.next, |due| due.min(self.fetching.next)))
+    }
+
+    /// When to look again whether a hold can be released: its turn has come, and it cannot yet.
+    pub(super) fn look_again(&self, now: Duration) -> Duration {
+        now + self.fetching.idle.max(self.setup.config.poll_busy)
     }
 
     pub(super) fn fetched(&mut self, result: Result<Fetched>, now: Duration) {
@@ -141,18 +141,13 @@ impl Machine {
             Ok(Fetched::Batch { records, more }) => (records, more),
             Ok(Fetched::Reset { reason }) => {
                 self.note(Note::Reset { reason });
+                self.fetch_failed(now);
                 self.reset(now);
                 return;
             }
             Err(error) => {
                 // The next reader starts from nothing and so finds again what this one was asked to reread.
-                self.fetching.failures = self.fetching.failures.saturating_add(1);
-                let pause = self
-                    .setup
-                    .config
-                    .outage_retry
-                    .pause(self.fetching.failures, &mut self.random);
-                self.fetching.next = now + pause;
+                let pause = self.fetch_failed(now);
                 self.store_failed("fetch", error, pause);
                 return;
             }
@@ -180,6 +175,17 @@ impl Machine {
             self.drop_vanished_holds(&asked);
         }
         self.pace(empty && !more, now);
+    }
+
+    fn fetch_failed(&mut self, now: Duration) -> Duration {
+        self.fetching.failures = self.fetching.failures.saturating_add(1);
+        let pause = self
+            .setup
+            .config
+            .outage_retry
+            .pause(self.fetching.failures, &mut self.random);
+        self.fetching.next = now + pause;
+        pause
     }
 
     /// Reads again at once while there is work, and ever more rarely while there is none.

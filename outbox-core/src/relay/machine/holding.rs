@@ -450,6 +450,7 @@ impl Machine {
     pub(super) fn release_due_holds(&mut self, now: Duration) -> Vec<Reread> {
         let mut reread = Vec::new();
         let fetch = self.fetching.count;
+        let later = self.look_again(now);
         let due: Vec<(Duration, Shard, Scope)> = self
             .holds
             .queue
@@ -467,7 +468,6 @@ impl Machine {
             };
             if unresolved > 0 || self.flights.contains_key(&(shard, entry.head.position)) {
                 // The sink still has some of it, or the hold is not written yet and its head would not be read.
-                let later = now + self.setup.config.poll_busy;
                 entry.state = State::Waiting { due: later };
                 self.holds.queue.remove(&(due, shard, scope.clone()));
                 self.holds.queue.insert((later, shard, scope));
@@ -531,7 +531,7 @@ impl Machine {
                 .flights
                 .values()
                 .any(|flight| flight.topic == topic && flight.stage != super::Stage::Resolved);
-            let later = now + self.setup.config.poll_busy;
+            let later = self.look_again(now);
             let Some(entry) = self.holds.topics.get_mut(&topic) else {
                 continue;
             };
@@ -742,23 +742,15 @@ impl Machine {
     }
 
     pub(super) fn poll_holds(&mut self, now: Duration) -> Option<Command> {
-        if self.holds.loading.is_some() || self.stopping || now < self.holds.load_next {
+        if self.holds_due().is_none_or(|due| due > now) {
             return None;
         }
-        let mut shards: Vec<OwnedShard> = self
-            .leasing
-            .all()
-            .into_iter()
-            .filter(|owned| !self.is_loaded(owned.shard))
-            .collect();
+        let mut shards = self.leasing.all();
+        if self.leasing.owned.values().any(|owned| !owned.loaded) {
+            shards.retain(|owned| !self.is_loaded(owned.shard));
+        }
         if shards.is_empty() {
-            if !self.wants_reload() {
-                return None;
-            }
-            shards = self.leasing.all();
-            if shards.is_empty() {
-                return None;
-            }
+            return None;
         }
         self.holds.moment += 1;
         self.holds.loading = Some(Loading {
@@ -837,7 +829,7 @@ impl Machine {
                 continue;
             }
             let Some(scope) = Scope::of(&hold.scope, hold.head) else {
-                self.topic_loaded(&hold, now);
+                self.topic_loaded(&hold, fresh.contains(&hold.shard), now);
                 continue;
             };
             seen.insert((hold.shard, scope.clone()));
@@ -882,7 +874,7 @@ impl Machine {
         }
     }
 
-    fn topic_loaded(&mut self, hold: &Hold, now: Duration) {
+    fn topic_loaded(&mut self, hold: &Hold, fresh: bool, now: Duration) {
         let HoldScope::Topic(topic) = &hold.scope else {
             return;
         };
@@ -897,6 +889,10 @@ impl Machine {
             {
                 *own = due;
             }
+            return;
+        }
+        if !fresh {
+            // The note is our own, read before it was cleared: the topic flows again.
             return;
         }
         self.holds.topics.insert(
