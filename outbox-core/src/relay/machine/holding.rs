@@ -40,6 +40,8 @@ enum Scope {
 #[derive(Debug)]
 struct Entry {
     head: RecordRef,
+    /// Its topic; not known of a keyless message whose note comes from the store.
+    topic: Option<Arc<str>>,
     /// The lowest record of the key that was dropped.
     from: Position,
     attempts: u32,
@@ -76,7 +78,7 @@ struct TopicEntry {
 enum TopicState {
     /// Held.
     Waiting { due: Duration },
-    /// Held because too many of its keys were; their notes were dropped here and must be loaded again.
+    /// Held because too many of its messages were; their notes were dropped here and must be loaded again.
     Crowded { due: Duration },
     /// The first record that comes goes alone; then the topic is held again until its outcome.
     Probing {
@@ -94,6 +96,7 @@ struct Loading {
 /// How something is to wait.
 #[derive(Debug)]
 pub(super) struct Wait {
+    pub(super) topic: Arc<str>,
     pub(super) attempts: u32,
     /// Until when; none is until an operator says so.
     pub(super) due: Option<Duration>,
@@ -147,7 +150,7 @@ impl Holds {
             || self
                 .topics
                 .values()
-                .any(|topic| !matches!(topic.state, TopicState::Waiting { .. }))
+                .any(|topic| matches!(topic.state, TopicState::Probing { .. }))
     }
 
     /// Whether records of a topic may be taken in now.
@@ -274,6 +277,10 @@ impl Holds {
         if let State::Waiting { due } = state {
             self.queue.insert((due, shard, scope.clone()));
         }
+        let topic = match &scope {
+            Scope::Key(key) => Some(key.topic.clone()),
+            Scope::Message(_) => before.as_ref().and_then(|entry| entry.topic.clone()),
+        };
         let from = before
             .as_ref()
             .map_or(head.position, |entry| entry.from.min(head.position));
@@ -285,6 +292,7 @@ impl Holds {
             (shard, scope),
             Entry {
                 head,
+                topic,
                 from,
                 attempts,
                 state,
@@ -345,6 +353,7 @@ impl Machine {
         now: Duration,
     ) {
         let Wait {
+            topic,
             attempts,
             due,
             reason,
@@ -355,11 +364,14 @@ impl Machine {
         let scope = key.map_or(Scope::Message(record.position), Scope::Key);
         let state = due.map_or(State::Parked, |due| State::Waiting { due });
         self.holds.wait(shard, scope.clone(), record, attempts, state);
-        if let Some(reason) = reason {
-            if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
+        if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
+            entry.topic = Some(topic);
+            if reason.is_some() {
                 entry.written = true;
                 entry.durable = None;
             }
+        }
+        if let Some(reason) = reason {
             let state = match due {
                 Some(due) => HoldState::Retrying {
                     due_in: due.saturating_sub(now),
@@ -650,13 +662,13 @@ impl Machine {
             .holds
             .entries
             .iter()
-            .filter(|((shard, scope), entry)| {
+            .filter(|((shard, _), entry)| {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
                     && asked.shards.iter().any(|owned| owned.shard == *shard)
-                    && match scope {
-                        Scope::Key(key) => !asked.held.topics.contains(&key.topic),
-                        // Its topic is not known here; it may be one of those that are held.
-                        Scope::Message(_) => asked.held.topics.is_empty(),
+                    && match &entry.topic {
+                        Some(topic) => !asked.held.topics.contains(topic),
+                        // It may be one of those that are held.
+                        None => asked.held.topics.is_empty(),
                     }
                     && !self.flights.contains_key(&(*shard, entry.head.position))
             })
@@ -681,57 +693,80 @@ impl Machine {
         }
     }
 
-    /// Too many keys wait: their topic is in trouble as a whole. It is held, and the notes of its keys, which the
-    /// store has, are dropped here, so that memory stays bounded.
+    /// Too many wait: their topic is in trouble as a whole. It is held, and its notes, which the store has, are
+    /// dropped here, so that memory stays bounded.
     fn relieve_crowd(&mut self, now: Duration) {
         if self.holds.entries.len() <= self.setup.config.max_holds {
             return;
         }
-        let mut crowds: BTreeMap<Arc<str>, usize> = BTreeMap::new();
-        for (_, scope) in self.holds.entries.keys() {
-            if let Scope::Key(key) = scope {
-                *crowds.entry(key.topic.clone()).or_default() += 1;
+        let mut all = 0;
+        let mut crowds: BTreeMap<&Arc<str>, usize> = BTreeMap::new();
+        // What is over waits for a settlement only, and is bounded by what may be in flight.
+        for entry in self.holds.entries.values().filter(|entry| !entry.over) {
+            all += 1;
+            if let Some(topic) = &entry.topic
+                && !self.holds.topics.contains_key(topic)
+            {
+                *crowds.entry(topic).or_default() += 1;
             }
         }
-        let Some((topic, _)) = crowds.into_iter().max_by_key(|(_, count)| *count) else {
-            return;
-        };
-        if self.holds.topics.contains_key(&topic) {
+        if all <= self.setup.config.max_holds {
             return;
         }
-        let pause = self.setup.config.topic_retry.max;
+        let Some(topic) = crowds
+            .into_iter()
+            .max_by_key(|(_, count)| *count)
+            .map(|(topic, _)| topic.clone())
+        else {
+            return;
+        };
         self.holds.topics.insert(
             topic.clone(),
             TopicEntry {
-                attempts: 1,
-                state: TopicState::Crowded { due: now + pause },
+                attempts: 0,
+                state: TopicState::Crowded { due: now },
                 written: BTreeMap::new(),
             },
         );
+        self.crowd(&topic, now);
         self.close_topic(&topic);
-        let reason = Reason::from("too many of its keys wait");
-        self.note(Note::TopicHeld { topic, pause, reason });
         self.shed_crowded();
     }
 
-    /// Drops here the durable notes of keys whose topic is held as a whole.
+    /// Holds a crowded topic (again) for a while.
+    fn crowd(&mut self, topic: &Arc<str>, now: Duration) {
+        let pause = self.setup.config.topic_retry.max;
+        if let Some(entry) = self.holds.topics.get_mut(topic) {
+            entry.state = TopicState::Crowded { due: now + pause };
+        }
+        self.note(Note::TopicHeld {
+            topic: topic.clone(),
+            pause,
+            reason: Reason::from("too many of its messages wait"),
+        });
+    }
+
+    /// Drops here the durable notes of crowded topics.
     pub(super) fn shed_crowded(&mut self) {
-        let crowded: BTreeSet<Arc<str>> = self
-            .holds
-            .topics
-            .iter()
-            .filter(|(_, entry)| matches!(entry.state, TopicState::Crowded { .. }))
-            .map(|(topic, _)| topic.clone())
-            .collect();
-        if crowded.is_empty() {
+        let topics = &self.holds.topics;
+        if !topics
+            .values()
+            .any(|entry| matches!(entry.state, TopicState::Crowded { .. }))
+        {
             return;
         }
+        let is_crowded = |topic: &Arc<str>| {
+            topics
+                .get(topic)
+                .is_some_and(|entry| matches!(entry.state, TopicState::Crowded { .. }))
+        };
         let shed: Vec<(Shard, Scope)> = self
             .holds
             .entries
             .iter()
-            .filter(|((_, scope), entry)| {
-                matches!(scope, Scope::Key(key) if crowded.contains(&key.topic))
+            .filter(|(_, entry)| {
+                entry.topic.as_ref().is_some_and(is_crowded)
+                    && !entry.over
                     && (entry.durable.is_some() || !entry.written)
             })
             .map(|(place, _)| place.clone())
@@ -739,6 +774,41 @@ impl Machine {
         for (shard, scope) in shed {
             self.holds.remove(shard, &scope);
         }
+    }
+
+    /// The crowded topics that are due, given all notes of all our shards. One of which more is parked than may wait
+    /// here stays held until an operator has seen to it; the others are probed.
+    fn uncrowded(&mut self, loading: &Loading, loaded: &[Hold], now: Duration) -> BTreeSet<Arc<str>> {
+        let complete = self
+            .leasing
+            .all()
+            .iter()
+            .all(|owned| loading.shards.contains(owned));
+        let due: Vec<Arc<str>> = self
+            .holds
+            .topics
+            .iter()
+            .filter(|(_, entry)| matches!(entry.state, TopicState::Crowded { due } if complete && due <= now))
+            .map(|(topic, _)| topic.clone())
+            .collect();
+        let mut uncrowded = BTreeSet::new();
+        for topic in due {
+            let parked = loaded.iter().filter(|hold| {
+                hold.state == HoldState::Parked
+                    && match &hold.scope {
+                        HoldScope::Key(key) => key.topic == topic,
+                        // Of which topic it is is not known.
+                        HoldScope::Message => true,
+                        HoldScope::Topic(_) => false,
+                    }
+            });
+            if parked.count() > self.setup.config.max_holds {
+                self.crowd(&topic, now);
+            } else {
+                uncrowded.insert(topic);
+            }
+        }
+        uncrowded
     }
 
     pub(super) fn poll_holds(&mut self, now: Duration) -> Option<Command> {
@@ -812,13 +882,7 @@ impl Machine {
         if self.leasing.owned.values().any(|owned| !owned.loaded) {
             self.load_soon();
         }
-        let uncrowded: BTreeSet<Arc<str>> = self
-            .holds
-            .topics
-            .iter()
-            .filter(|(_, entry)| matches!(entry.state, TopicState::Crowded { due } if due <= now))
-            .map(|(topic, _)| topic.clone())
-            .collect();
+        let uncrowded = self.uncrowded(&loading, &loaded, now);
         let mut seen = BTreeSet::new();
         for hold in loaded {
             if !loading
@@ -833,14 +897,20 @@ impl Machine {
                 continue;
             };
             seen.insert((hold.shard, scope.clone()));
+            let shed = match &scope {
+                Scope::Key(key) => uncrowded.contains(&key.topic),
+                Scope::Message(_) => !uncrowded.is_empty(),
+            };
             let adopt = fresh.contains(&hold.shard)
-                || matches!(&scope, Scope::Key(key) if uncrowded.contains(&key.topic))
-                    && !self.holds.entries.contains_key(&(hold.shard, scope.clone()));
+                || shed && !self.holds.entries.contains_key(&(hold.shard, scope.clone()));
             self.hold_loaded(hold, scope, adopt, loading.moment, now);
         }
         self.release_resumed(&loading, &seen, now);
         for topic in uncrowded {
-            self.free_topic(&topic);
+            // It opens where a fetch is built, as every topic does, and for one record at first.
+            if let Some(entry) = self.holds.topics.get_mut(&topic) {
+                entry.state = TopicState::Waiting { due: now };
+            }
         }
     }
 
