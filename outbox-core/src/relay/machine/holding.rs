@@ -1,4 +1,4 @@
-//! What waits: keys and keyless messages for a retry or an operator, topics for a probe.
+//! What waits: keys and keyless messages, for a retry or an operator.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

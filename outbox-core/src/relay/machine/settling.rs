@@ -1,6 +1,6 @@
 //! What became of records, gathered until it is written back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +37,13 @@ impl Settling {
                 self.current = None;
             }
         }
+    }
+}
+
+fn cleared(change: &HoldChange) -> Option<RecordRef> {
+    match change {
+        HoldChange::Clear(hold) => Some(hold.head),
+        HoldChange::Put(_) => None,
     }
 }
 
@@ -97,9 +104,15 @@ impl Machine {
             let part = if entry.get().len() <= room {
                 entry.remove()
             } else {
-                // Deaths and holds are few and belong together; deliveries can wait for the next one.
+                // Deaths and holds are few and belong together, and a hold is over together with its head: a crash
+                // between the two would forget the attempts. Other deliveries can wait for the next one.
                 let part = entry.get_mut();
-                let rest = part.delivered.split_off(room.min(part.delivered.len()));
+                let heads: BTreeSet<RecordRef> = part.holds.iter().filter_map(cleared).collect();
+                if !heads.is_empty() {
+                    part.delivered.sort_by_key(|record| !heads.contains(record));
+                }
+                let now = room.max(heads.len()).min(part.delivered.len());
+                let rest = part.delivered.split_off(now);
                 let mut first = std::mem::replace(part, ShardSettlement::new(part.shard, part.epoch));
                 part.delivered = rest;
                 if part.is_empty() {
