@@ -208,8 +208,8 @@ impl Driver {
                     want,
                     ttl: self.config.lease,
                 };
-                // A renewal that takes longer than the lease is of no use.
-                let limit = limit.min(self.config.lease);
+                // Renewed at a third of the lease, given up at two thirds: one that hangs can be repeated in time.
+                let limit = limit.min(self.config.lease / 3);
                 self.event(async move {
                     Event::Leased {
                         sent: now,

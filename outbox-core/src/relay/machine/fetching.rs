@@ -22,7 +22,8 @@ pub(super) struct Fetching {
     /// Whether the last answer was empty, whole and accepted.
     nothing: bool,
     failures: u32,
-    promoting: bool,
+    /// The shards whose messages are being promoted.
+    promoting: Option<Vec<OwnedShard>>,
     promote_next: Duration,
     promote_failures: u32,
 }
@@ -52,16 +53,10 @@ impl Fetching {
 
 impl Machine {
     pub(super) fn poll_fetch(&mut self, now: Duration) -> Option<Command> {
-        if now < self.fetching.next && !self.fetching.woken && self.holds.due().is_none_or(|due| due > now) {
-            return None;
-        }
-        if !self.may_fetch() {
+        if self.fetch_due()? > now {
             return None;
         }
         let shards = self.leasing.active();
-        if shards.is_empty() {
-            return None;
-        }
         self.fetching.count += 1;
         let mut reread = self.release_due_holds(now);
         for owned in &shards {
@@ -122,14 +117,20 @@ impl Machine {
         if !self.may_fetch() || self.leasing.owned.values().all(|owned| !owned.is_active()) {
             return None;
         }
+        if self.fetching.failures > 0 {
+            // However much there is to do: a store that fails is not to be pestered.
+            return Some(self.fetching.next);
+        }
         if self.fetching.woken {
             return Some(Duration::ZERO);
         }
-        Some(
-            self.holds
-                .due()
-                .map_or(self.fetching.next, |due| due.min(self.fetching.next)),
-        )
+        let due = self.holds.due();
+        Some(due.map_or(self.fetching.next, |due| due.min(self.fetching.next)))
+    }
+
+    /// When to look again whether a hold can be released: its turn has come, and it cannot yet.
+    pub(super) fn look_again(&self, now: Duration) -> Duration {
+        now + self.fetching.idle.max(self.setup.config.poll_busy)
     }
 
     pub(super) fn fetched(&mut self, result: Result<Fetched>, now: Duration) {
@@ -140,18 +141,13 @@ impl Machine {
             Ok(Fetched::Batch { records, more }) => (records, more),
             Ok(Fetched::Reset { reason }) => {
                 self.note(Note::Reset { reason });
+                self.fetch_failed(now);
                 self.reset(now);
                 return;
             }
             Err(error) => {
                 // The next reader starts from nothing and so finds again what this one was asked to reread.
-                self.fetching.failures = self.fetching.failures.saturating_add(1);
-                let pause = self
-                    .setup
-                    .config
-                    .outage_retry
-                    .pause(self.fetching.failures, &mut self.random);
-                self.fetching.next = now + pause;
+                let pause = self.fetch_failed(now);
                 self.store_failed("fetch", error, pause);
                 return;
             }
@@ -179,6 +175,17 @@ impl Machine {
             self.drop_vanished_holds(&asked);
         }
         self.pace(empty && !more, now);
+    }
+
+    fn fetch_failed(&mut self, now: Duration) -> Duration {
+        self.fetching.failures = self.fetching.failures.saturating_add(1);
+        let pause = self
+            .setup
+            .config
+            .outage_retry
+            .pause(self.fetching.failures, &mut self.random);
+        self.fetching.next = now + pause;
+        pause
     }
 
     /// Reads again at once while there is work, and ever more rarely while there is none.
@@ -282,7 +289,7 @@ impl Machine {
 
     pub(super) fn poll_promote(&mut self, now: Duration) -> Option<Command> {
         if !self.setup.scheduled
-            || self.fetching.promoting
+            || self.fetching.promoting.is_some()
             || self.stopping
             || now < self.fetching.promote_next
         {
@@ -292,32 +299,39 @@ impl Machine {
         if shards.is_empty() {
             return None;
         }
-        self.fetching.promoting = true;
+        self.fetching.promoting = Some(shards.clone());
         Some(Command::Promote { shards })
     }
 
     pub(super) fn promote_due(&self) -> Option<Duration> {
         let runs = self.setup.scheduled
-            && !self.fetching.promoting
+            && self.fetching.promoting.is_none()
             && !self.stopping
             && self.leasing.owned.values().any(super::leasing::Owned::is_active);
         runs.then_some(self.fetching.promote_next)
     }
 
     pub(super) fn promoted(&mut self, result: Result<Promotion>, now: Duration) {
-        self.fetching.promoting = false;
+        let asked = self.fetching.promoting.take().unwrap_or_default();
         match result {
             Ok(promotion) => {
                 self.fetching.promote_failures = 0;
                 for shard in promotion.lost {
                     self.note(Note::Fenced(shard));
-                    self.lose(shard, "taken");
+                    let same = |owned: &OwnedShard| self.leasing.owns(owned.shard, owned.epoch);
+                    if asked.iter().any(|owned| owned.shard == shard && same(owned)) {
+                        self.lose(shard, "taken");
+                    }
                 }
-                if promotion.promoted > 0 {
-                    self.fetching.wake();
-                }
-                self.fetching.promote_next =
-                    now + promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
+                let pause = promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
+                self.fetching.promote_next = now
+                    + if promotion.promoted > 0 {
+                        self.fetching.wake();
+                        pause
+                    } else {
+                        // What is due and was not promoted waits for its producers.
+                        pause.max(self.setup.config.poll_busy)
+                    };
             }
             Err(error) => {
                 self.fetching.promote_failures = self.fetching.promote_failures.saturating_add(1);

@@ -1,59 +1,62 @@
-//! What waits: keys and keyless messages for a retry or an operator, topics for a probe.
+//! What waits: keys and keyless messages, for a retry or an operator.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Machine;
 use super::fetching::Asked;
-use super::{Command, Machine, Note};
-use crate::error::Result;
+use super::reloading::Loading;
+use super::topics::{TopicEntry, TopicState};
 use crate::fetch::{Held, RecordRef, Reread, RereadScope};
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::message::OrderKey;
-use crate::shard::{OwnedShard, Position, Shard};
+use crate::shard::{Position, Shard};
 use crate::sink::Reason;
 
 #[derive(Debug, Default)]
 pub(super) struct Holds {
     /// What a reader must leave out: always the waiting and parked entries and the held topics below.
-    held: Arc<Held>,
-    entries: BTreeMap<(Shard, Scope), Entry>,
+    pub(super) held: Arc<Held>,
+    pub(super) entries: BTreeMap<(Shard, Scope), Entry>,
     /// The waiting entries by due time.
-    queue: BTreeSet<(Duration, Shard, Scope)>,
-    topics: BTreeMap<Arc<str>, TopicEntry>,
+    pub(super) queue: BTreeSet<(Duration, Shard, Scope)>,
+    pub(super) topics: BTreeMap<Arc<str>, TopicEntry>,
     /// In serial mode: keys of which more came than may wait, from the lowest that was dropped. Held as well.
-    overflows: BTreeMap<(Shard, OrderKey), Position>,
+    pub(super) overflows: BTreeMap<(Shard, OrderKey), Position>,
     /// The load that is under way.
-    loading: Option<Loading>,
-    load_next: Duration,
-    load_failures: u32,
+    pub(super) loading: Option<Loading>,
+    pub(super) load_next: Duration,
+    pub(super) load_failures: u32,
     /// Counts loads and settlements, to know which came first.
-    moment: u64,
+    pub(super) moment: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Scope {
+pub(super) enum Scope {
     Key(OrderKey),
     Message(Position),
 }
 
 #[derive(Debug)]
-struct Entry {
-    head: RecordRef,
+pub(super) struct Entry {
+    pub(super) head: RecordRef,
+    /// Its topic; not known of a keyless message whose note comes from the store.
+    pub(super) topic: Option<Arc<str>>,
     /// The lowest record of the key that was dropped.
-    from: Position,
-    attempts: u32,
-    state: State,
+    pub(super) from: Position,
+    pub(super) attempts: u32,
+    pub(super) state: State,
     /// Whether the store has, or is about to have, a note of it.
-    written: bool,
+    pub(super) written: bool,
     /// Since which moment the store is known to have it.
-    durable: Option<u64>,
+    pub(super) durable: Option<u64>,
     /// Whether its head is done with, so that nothing remains of it once it is released.
-    over: bool,
+    pub(super) over: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     Waiting {
         due: Duration,
     },
@@ -64,36 +67,10 @@ enum State {
     },
 }
 
-#[derive(Debug)]
-struct TopicEntry {
-    attempts: u32,
-    state: TopicState,
-    /// The notes of it that the store has.
-    written: BTreeMap<Shard, RecordRef>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TopicState {
-    /// Held.
-    Waiting { due: Duration },
-    /// Held because too many of its keys were; their notes were dropped here and must be loaded again.
-    Crowded { due: Duration },
-    /// The first record that comes goes alone; then the topic is held again until its outcome.
-    Probing {
-        fetch: u64,
-        probe: Option<(Shard, Position)>,
-    },
-}
-
-#[derive(Debug)]
-struct Loading {
-    shards: Vec<OwnedShard>,
-    moment: u64,
-}
-
 /// How something is to wait.
 #[derive(Debug)]
 pub(super) struct Wait {
+    pub(super) topic: Arc<str>,
     pub(super) attempts: u32,
     /// Until when; none is until an operator says so.
     pub(super) due: Option<Duration>,
@@ -101,11 +78,8 @@ pub(super) struct Wait {
     pub(super) reason: Option<Reason>,
 }
 
-/// How soon the relay notices that an operator resumed something.
-const RELOAD_EVERY: Duration = Duration::from_secs(2);
-
 impl Scope {
-    fn of(scope: &HoldScope, head: RecordRef) -> Option<Self> {
+    pub(super) fn of(scope: &HoldScope, head: RecordRef) -> Option<Self> {
         match scope {
             HoldScope::Key(key) => Some(Self::Key(key.clone())),
             HoldScope::Message => Some(Self::Message(head.position)),
@@ -113,7 +87,7 @@ impl Scope {
         }
     }
 
-    fn for_store(&self) -> HoldScope {
+    pub(super) fn for_store(&self) -> HoldScope {
         match self {
             Self::Key(key) => HoldScope::Key(key.clone()),
             Self::Message(_) => HoldScope::Message,
@@ -147,26 +121,7 @@ impl Holds {
             || self
                 .topics
                 .values()
-                .any(|topic| !matches!(topic.state, TopicState::Waiting { .. }))
-    }
-
-    /// Whether records of a topic may be taken in now.
-    pub(super) fn admit_topic(&self, topic: &Arc<str>) -> bool {
-        self.topics.is_empty()
-            || self
-                .topics
-                .get(topic)
-                .is_none_or(|entry| matches!(entry.state, TopicState::Probing { probe: None, .. }))
-    }
-
-    /// Notes that a record was taken in; the first of a topic that is probed closes it again.
-    pub(super) fn taken(&mut self, topic: &Arc<str>, shard: Shard, position: Position) {
-        if let Some(TopicState::Probing { probe, .. }) =
-            self.topics.get_mut(topic).map(|entry| &mut entry.state)
-        {
-            *probe = Some((shard, position));
-            Arc::make_mut(&mut self.held).topics.insert(topic.clone());
-        }
+                .any(|topic| matches!(topic.state, TopicState::Probing { .. }))
     }
 
     /// Whether a record must be dropped because its key, or it itself, waits. The hold remembers to ask again.
@@ -220,16 +175,6 @@ impl Holds {
         !self.overflows.is_empty() && self.overflows.contains_key(key)
     }
 
-    /// A record was dropped; if it was the probe of its topic, another one must be.
-    pub(super) fn probe_dropped(&mut self, shard: Shard, position: Position, topic: &Arc<str>) {
-        if !self.topics.is_empty()
-            && let Some(entry) = self.topics.get_mut(topic)
-            && matches!(entry.state, TopicState::Probing { probe: Some(probe), .. } if probe == (shard, position))
-        {
-            entry.state = TopicState::Waiting { due: Duration::ZERO };
-        }
-    }
-
     /// Forgets all of a shard.
     pub(super) fn forget(&mut self, shard: Shard) {
         let scopes: Vec<(Shard, Scope)> = self
@@ -264,7 +209,7 @@ impl Holds {
     }
 
     /// Lets something wait, in place of what waits there already.
-    fn wait(&mut self, shard: Shard, scope: Scope, head: RecordRef, attempts: u32, state: State) {
+    pub(super) fn wait(&mut self, shard: Shard, scope: Scope, head: RecordRef, attempts: u32, state: State) {
         let before = self.remove(shard, &scope);
         let held = Arc::make_mut(&mut self.held);
         match &scope {
@@ -274,6 +219,10 @@ impl Holds {
         if let State::Waiting { due } = state {
             self.queue.insert((due, shard, scope.clone()));
         }
+        let topic = match &scope {
+            Scope::Key(key) => Some(key.topic.clone()),
+            Scope::Message(_) => before.as_ref().and_then(|entry| entry.topic.clone()),
+        };
         let from = before
             .as_ref()
             .map_or(head.position, |entry| entry.from.min(head.position));
@@ -285,6 +234,7 @@ impl Holds {
             (shard, scope),
             Entry {
                 head,
+                topic,
                 from,
                 attempts,
                 state,
@@ -295,13 +245,13 @@ impl Holds {
         );
     }
 
-    fn remove(&mut self, shard: Shard, scope: &Scope) -> Option<Entry> {
+    pub(super) fn remove(&mut self, shard: Shard, scope: &Scope) -> Option<Entry> {
         let entry = self.entries.remove(&(shard, scope.clone()))?;
         self.unhold(shard, scope, entry.state);
         Some(entry)
     }
 
-    fn unhold(&mut self, shard: Shard, scope: &Scope, state: State) {
+    pub(super) fn unhold(&mut self, shard: Shard, scope: &Scope, state: State) {
         if matches!(state, State::Trying { .. }) {
             return;
         }
@@ -345,6 +295,7 @@ impl Machine {
         now: Duration,
     ) {
         let Wait {
+            topic,
             attempts,
             due,
             reason,
@@ -355,11 +306,14 @@ impl Machine {
         let scope = key.map_or(Scope::Message(record.position), Scope::Key);
         let state = due.map_or(State::Parked, |due| State::Waiting { due });
         self.holds.wait(shard, scope.clone(), record, attempts, state);
-        if let Some(reason) = reason {
-            if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
+        if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
+            entry.topic = Some(topic);
+            if reason.is_some() {
                 entry.written = true;
                 entry.durable = None;
             }
+        }
+        if let Some(reason) = reason {
             let state = match due {
                 Some(due) => HoldState::Retrying {
                     due_in: due.saturating_sub(now),
@@ -450,6 +404,7 @@ impl Machine {
     pub(super) fn release_due_holds(&mut self, now: Duration) -> Vec<Reread> {
         let mut reread = Vec::new();
         let fetch = self.fetching.count;
+        let later = self.look_again(now);
         let due: Vec<(Duration, Shard, Scope)> = self
             .holds
             .queue
@@ -467,7 +422,6 @@ impl Machine {
             };
             if unresolved > 0 || self.flights.contains_key(&(shard, entry.head.position)) {
                 // The sink still has some of it, or the hold is not written yet and its head would not be read.
-                let later = now + self.setup.config.poll_busy;
                 entry.state = State::Waiting { due: later };
                 self.holds.queue.remove(&(due, shard, scope.clone()));
                 self.holds.queue.insert((later, shard, scope));
@@ -518,131 +472,6 @@ impl Machine {
         }
     }
 
-    fn release_due_topics(&mut self, now: Duration, fetch: u64) {
-        let due: Vec<Arc<str>> = self
-            .holds
-            .topics
-            .iter()
-            .filter(|(_, entry)| matches!(entry.state, TopicState::Waiting { due } if due <= now))
-            .map(|(topic, _)| topic.clone())
-            .collect();
-        for topic in due {
-            let with_sink = self
-                .flights
-                .values()
-                .any(|flight| flight.topic == topic && flight.stage != super::Stage::Resolved);
-            let later = now + self.setup.config.poll_busy;
-            let Some(entry) = self.holds.topics.get_mut(&topic) else {
-                continue;
-            };
-            if with_sink {
-                entry.state = TopicState::Waiting { due: later };
-                continue;
-            }
-            entry.state = TopicState::Probing { fetch, probe: None };
-            self.open_topic(&topic);
-        }
-    }
-
-    /// Lets a topic's records be read again, all of them: where readers left some out is not known.
-    fn open_topic(&mut self, topic: &Arc<str>) {
-        Arc::make_mut(&mut self.holds.held).topics.remove(topic);
-        for owned in self.leasing.owned.values_mut() {
-            owned.reread_from(Position::MIN);
-        }
-    }
-
-    /// A topic is unknown or forbidden.
-    pub(super) fn hold_topic(
-        &mut self,
-        shard: Shard,
-        record: RecordRef,
-        topic: Arc<str>,
-        now: Duration,
-        reason: &Reason,
-    ) {
-        let probed = match self.holds.topics.get(&topic).map(|entry| entry.state) {
-            // What was with the sink when the topic was blocked.
-            Some(TopicState::Waiting { .. } | TopicState::Crowded { .. }) => return,
-            Some(TopicState::Probing { probe, .. }) if probe != Some((shard, record.position)) => return,
-            Some(TopicState::Probing { .. }) => true,
-            None => false,
-        };
-        let attempts = if probed {
-            self.holds.topics.get(&topic).map_or(0, |entry| entry.attempts) + 1
-        } else {
-            1
-        };
-        let pause = self.setup.config.topic_retry.ceiling(attempts);
-        let entry = self
-            .holds
-            .topics
-            .entry(topic.clone())
-            .or_insert_with(|| TopicEntry {
-                attempts,
-                state: TopicState::Waiting { due: Duration::ZERO },
-                written: BTreeMap::new(),
-            });
-        entry.attempts = attempts;
-        entry.state = TopicState::Waiting { due: now + pause };
-        entry.written.insert(shard, record);
-        self.close_topic(&topic);
-        self.settle_hold(HoldChange::Put(Hold {
-            shard,
-            scope: HoldScope::Topic(topic.clone()),
-            head: record,
-            attempts,
-            state: HoldState::Retrying { due_in: pause },
-            reason: reason.as_str().to_owned(),
-        }));
-        self.note(Note::TopicHeld {
-            topic,
-            pause,
-            reason: reason.clone(),
-        });
-    }
-
-    /// Drops everything of a topic that has not left for the sink.
-    fn close_topic(&mut self, topic: &Arc<str>) {
-        Arc::make_mut(&mut self.holds.held).topics.insert(topic.clone());
-        let ready: Vec<(Shard, Position)> = self
-            .flights
-            .iter()
-            .filter(|(_, flight)| flight.topic == *topic && flight.stage == super::Stage::Ready)
-            .map(|(place, _)| *place)
-            .collect();
-        self.drop_unsent(&ready);
-    }
-
-    /// A record of a topic met any other fate than "topic blocked": if it was the probe, the topic flows again.
-    pub(super) fn topic_answered(&mut self, shard: Shard, position: Position, topic: &Arc<str>) {
-        if self.holds.topics.is_empty() {
-            return;
-        }
-        if let Some(TopicState::Probing {
-            probe: Some(probe), ..
-        }) = self.holds.topics.get(topic).map(|entry| entry.state)
-            && probe == (shard, position)
-        {
-            self.free_topic(topic);
-        }
-    }
-
-    fn free_topic(&mut self, topic: &Arc<str>) {
-        let Some(entry) = self.holds.topics.remove(topic) else {
-            return;
-        };
-        for (shard, head) in entry.written {
-            self.settle_hold(HoldChange::Clear(HoldRef {
-                shard,
-                scope: HoldScope::Topic(topic.clone()),
-                head,
-            }));
-        }
-        self.open_topic(topic);
-        self.note(Note::TopicFlows { topic: topic.clone() });
-    }
-
     /// Nothing is left to read: whatever was released, was asked for and did not come is gone, taken out by hand.
     pub(super) fn drop_vanished_holds(&mut self, asked: &Asked) {
         let answered = self.fetching.count;
@@ -650,13 +479,13 @@ impl Machine {
             .holds
             .entries
             .iter()
-            .filter(|((shard, scope), entry)| {
+            .filter(|((shard, _), entry)| {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
                     && asked.shards.iter().any(|owned| owned.shard == *shard)
-                    && match scope {
-                        Scope::Key(key) => !asked.held.topics.contains(&key.topic),
-                        // Its topic is not known here; it may be one of those that are held.
-                        Scope::Message(_) => asked.held.topics.is_empty(),
+                    && match &entry.topic {
+                        Some(topic) => !asked.held.topics.contains(topic),
+                        // It may be one of those that are held.
+                        None => asked.held.topics.is_empty(),
                     }
                     && !self.flights.contains_key(&(*shard, entry.head.position))
             })
@@ -678,259 +507,6 @@ impl Machine {
             .collect();
         for topic in silent {
             self.free_topic(&topic);
-        }
-    }
-
-    /// Too many keys wait: their topic is in trouble as a whole. It is held, and the notes of its keys, which the
-    /// store has, are dropped here, so that memory stays bounded.
-    fn relieve_crowd(&mut self, now: Duration) {
-        if self.holds.entries.len() <= self.setup.config.max_holds {
-            return;
-        }
-        let mut crowds: BTreeMap<Arc<str>, usize> = BTreeMap::new();
-        for (_, scope) in self.holds.entries.keys() {
-            if let Scope::Key(key) = scope {
-                *crowds.entry(key.topic.clone()).or_default() += 1;
-            }
-        }
-        let Some((topic, _)) = crowds.into_iter().max_by_key(|(_, count)| *count) else {
-            return;
-        };
-        if self.holds.topics.contains_key(&topic) {
-            return;
-        }
-        let pause = self.setup.config.topic_retry.max;
-        self.holds.topics.insert(
-            topic.clone(),
-            TopicEntry {
-                attempts: 1,
-                state: TopicState::Crowded { due: now + pause },
-                written: BTreeMap::new(),
-            },
-        );
-        self.close_topic(&topic);
-        let reason = Reason::from("too many of its keys wait");
-        self.note(Note::TopicHeld { topic, pause, reason });
-        self.shed_crowded();
-    }
-
-    /// Drops here the durable notes of keys whose topic is held as a whole.
-    pub(super) fn shed_crowded(&mut self) {
-        let crowded: BTreeSet<Arc<str>> = self
-            .holds
-            .topics
-            .iter()
-            .filter(|(_, entry)| matches!(entry.state, TopicState::Crowded { .. }))
-            .map(|(topic, _)| topic.clone())
-            .collect();
-        if crowded.is_empty() {
-            return;
-        }
-        let shed: Vec<(Shard, Scope)> = self
-            .holds
-            .entries
-            .iter()
-            .filter(|((_, scope), entry)| {
-                matches!(scope, Scope::Key(key) if crowded.contains(&key.topic))
-                    && (entry.durable.is_some() || !entry.written)
-            })
-            .map(|(place, _)| place.clone())
-            .collect();
-        for (shard, scope) in shed {
-            self.holds.remove(shard, &scope);
-        }
-    }
-
-    pub(super) fn poll_holds(&mut self, now: Duration) -> Option<Command> {
-        if self.holds.loading.is_some() || self.stopping || now < self.holds.load_next {
-            return None;
-        }
-        let mut shards: Vec<OwnedShard> = self
-            .leasing
-            .all()
-            .into_iter()
-            .filter(|owned| !self.is_loaded(owned.shard))
-            .collect();
-        if shards.is_empty() {
-            if !self.wants_reload() {
-                return None;
-            }
-            shards = self.leasing.all();
-            if shards.is_empty() {
-                return None;
-            }
-        }
-        self.holds.moment += 1;
-        self.holds.loading = Some(Loading {
-            shards: shards.clone(),
-            moment: self.holds.moment,
-        });
-        Some(Command::LoadHolds { shards })
-    }
-
-    fn is_loaded(&self, shard: Shard) -> bool {
-        self.leasing.owned.get(&shard).is_none_or(|owned| owned.loaded)
-    }
-
-    fn wants_reload(&self) -> bool {
-        !self.holds.entries.is_empty() || !self.holds.topics.is_empty()
-    }
-
-    /// Asks for the holds of new shards at once.
-    pub(super) fn load_soon(&mut self) {
-        self.holds.load_next = Duration::ZERO;
-    }
-
-    pub(super) fn holds_due(&self) -> Option<Duration> {
-        let waits = self.holds.loading.is_none()
-            && !self.stopping
-            && (self.wants_reload() || self.leasing.owned.values().any(|owned| !owned.loaded));
-        (waits && !self.leasing.owned.is_empty()).then_some(self.holds.load_next)
-    }
-
-    pub(super) fn holds_loaded(&mut self, result: Result<Vec<Hold>>, now: Duration) {
-        let Some(loading) = self.holds.loading.take() else {
-            return;
-        };
-        let loaded = match result {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                self.holds.load_failures = self.holds.load_failures.saturating_add(1);
-                let pause = self
-                    .setup
-                    .config
-                    .outage_retry
-                    .pause(self.holds.load_failures, &mut self.random);
-                self.holds.load_next = now + pause;
-                self.store_failed("load holds", error, pause);
-                return;
-            }
-        };
-        self.holds.load_failures = 0;
-        self.holds.load_next = now + RELOAD_EVERY;
-        let mut fresh = BTreeSet::new();
-        for owned in &loading.shards {
-            if let Some(own) = self.leasing.owned.get_mut(&owned.shard)
-                && own.epoch == owned.epoch
-                && !std::mem::replace(&mut own.loaded, true)
-            {
-                fresh.insert(owned.shard);
-            }
-        }
-        if self.leasing.owned.values().any(|owned| !owned.loaded) {
-            self.load_soon();
-        }
-        let uncrowded: BTreeSet<Arc<str>> = self
-            .holds
-            .topics
-            .iter()
-            .filter(|(_, entry)| matches!(entry.state, TopicState::Crowded { due } if due <= now))
-            .map(|(topic, _)| topic.clone())
-            .collect();
-        let mut seen = BTreeSet::new();
-        for hold in loaded {
-            if !loading
-                .shards
-                .iter()
-                .any(|owned| owned.shard == hold.shard && self.leasing.owns(owned.shard, owned.epoch))
-            {
-                continue;
-            }
-            let Some(scope) = Scope::of(&hold.scope, hold.head) else {
-                self.topic_loaded(&hold, now);
-                continue;
-            };
-            seen.insert((hold.shard, scope.clone()));
-            let adopt = fresh.contains(&hold.shard)
-                || matches!(&scope, Scope::Key(key) if uncrowded.contains(&key.topic))
-                    && !self.holds.entries.contains_key(&(hold.shard, scope.clone()));
-            self.hold_loaded(hold, scope, adopt, loading.moment, now);
-        }
-        self.release_resumed(&loading, &seen, now);
-        for topic in uncrowded {
-            self.free_topic(&topic);
-        }
-    }
-
-    /// Takes a stored hold over, or learns from it that an operator wants it sooner.
-    fn hold_loaded(&mut self, hold: Hold, scope: Scope, adopt: bool, moment: u64, now: Duration) {
-        let state = match hold.state {
-            HoldState::Parked => State::Parked,
-            HoldState::Retrying { due_in } => State::Waiting {
-                due: now.saturating_add(due_in),
-            },
-        };
-        let known = self.holds.entries.get(&(hold.shard, scope.clone()));
-        let sooner = known.is_some_and(|entry| {
-            entry.head == hold.head
-                && entry.durable.is_some_and(|durable| durable < moment)
-                && match (entry.state, state) {
-                    (State::Parked, State::Waiting { .. }) => true,
-                    (State::Waiting { due: own }, State::Waiting { due }) => {
-                        due + Duration::from_secs(1) < own
-                    }
-                    _ => false,
-                }
-        });
-        if adopt || sooner {
-            self.holds
-                .wait(hold.shard, scope.clone(), hold.head, hold.attempts, state);
-            if let Some(entry) = self.holds.entries.get_mut(&(hold.shard, scope)) {
-                entry.written = true;
-                entry.durable = Some(moment);
-            }
-        }
-    }
-
-    fn topic_loaded(&mut self, hold: &Hold, now: Duration) {
-        let HoldScope::Topic(topic) = &hold.scope else {
-            return;
-        };
-        let due = match hold.state {
-            HoldState::Retrying { due_in } => now.saturating_add(due_in),
-            HoldState::Parked => return,
-        };
-        if let Some(entry) = self.holds.topics.get_mut(topic) {
-            entry.written.insert(hold.shard, hold.head);
-            if let TopicState::Waiting { due: own } = &mut entry.state
-                && due + Duration::from_secs(1) < *own
-            {
-                *own = due;
-            }
-            return;
-        }
-        self.holds.topics.insert(
-            topic.clone(),
-            TopicEntry {
-                attempts: hold.attempts,
-                state: TopicState::Waiting { due },
-                written: BTreeMap::from([(hold.shard, hold.head)]),
-            },
-        );
-        self.close_topic(topic);
-    }
-
-    /// What was parked in the store when the load began, and is not there any more, an operator has resumed.
-    fn release_resumed(&mut self, loading: &Loading, seen: &BTreeSet<(Shard, Scope)>, now: Duration) {
-        let resumed: Vec<(Shard, Scope, RecordRef)> = self
-            .holds
-            .entries
-            .iter()
-            .filter(|((shard, scope), entry)| {
-                !matches!(entry.state, State::Trying { .. })
-                    && entry.durable.is_some_and(|durable| durable < loading.moment)
-                    && loading.shards.iter().any(|owned| owned.shard == *shard)
-                    && !seen.contains(&(*shard, scope.clone()))
-            })
-            .map(|((shard, scope), entry)| (*shard, scope.clone(), entry.head))
-            .collect();
-        for (shard, scope, head) in resumed {
-            self.holds
-                .wait(shard, scope.clone(), head, 0, State::Waiting { due: now });
-            if let Some(entry) = self.holds.entries.get_mut(&(shard, scope)) {
-                entry.written = false;
-                entry.durable = None;
-            }
         }
     }
 }

@@ -11,6 +11,11 @@ use crate::shard::{Epoch, OwnedShard, Position, Shard};
 #[derive(Debug, Default)]
 pub(super) struct Leasing {
     pub(super) owned: BTreeMap<Shard, Owned>,
+    /// Under which epoch a shard was last lost here. The store may count it as ours still, but that epoch is never
+    /// taken up again: a settlement of it may be on its way yet, and would change what is read anew.
+    void: BTreeMap<Shard, Epoch>,
+    /// What the store counts as ours and is not to be: to be released.
+    unwanted: Vec<OwnedShard>,
     /// Nothing is sent after this moment, a margin before the database would give the shards away.
     deadline: Duration,
     /// Whether a lease or a release is under way; never both, lest an old answer bring a released shard back.
@@ -101,33 +106,35 @@ impl Machine {
         if self.stopping {
             return None;
         }
-        let drained: Vec<OwnedShard> = self
-            .leasing
-            .owned
-            .iter()
-            .filter(|(_, owned)| owned.draining && owned.in_flight == 0)
-            .map(|(shard, owned)| OwnedShard {
-                shard: *shard,
-                epoch: owned.epoch,
-            })
-            .collect();
-        if drained.is_empty() {
+        let mut shards = std::mem::take(&mut self.leasing.unwanted);
+        for (shard, owned) in &self.leasing.owned {
+            if owned.draining && owned.in_flight == 0 {
+                shards.push(OwnedShard {
+                    shard: *shard,
+                    epoch: owned.epoch,
+                });
+            }
+        }
+        if shards.is_empty() {
             return None;
         }
-        for owned in &drained {
+        for owned in &shards {
             self.lose(owned.shard, "released");
         }
         self.leasing.busy = true;
         Some(Command::Release {
-            shards: drained,
+            shards,
             membership: Membership::Stays,
         })
     }
 
     /// The last command of a shutdown: nothing is in flight any more.
     fn leave(&mut self) -> Command {
-        let shards = self.leasing.all();
-        self.leasing.owned.clear();
+        let mut shards = std::mem::take(&mut self.leasing.unwanted);
+        for owned in self.leasing.all() {
+            self.lose(owned.shard, "released");
+            shards.push(owned);
+        }
         self.leasing.busy = true;
         self.leasing.leaving = true;
         Command::Release {
@@ -164,6 +171,7 @@ impl Machine {
         self.leasing.failures = 0;
         let share_before = self.fair_share();
         self.leasing.relays = Some(leases.relays);
+        self.leasing.unwanted.clear();
         // Counted from before the request left, so the database's own end is never earlier than ours.
         self.leasing.deadline = sent + leases.time_left.saturating_sub(lease / 5);
         self.leasing.next = sent + lease / 3;
@@ -183,22 +191,28 @@ impl Machine {
         for shard in gone {
             self.lose(shard, "taken");
         }
-        if self.stopping {
-            return;
-        }
         for owned in leases.held {
-            self.leasing.owned.entry(owned.shard).or_insert_with(|| {
-                self.notes.push(Note::ShardGained(owned));
-                // It may have been ours before, under this very epoch: what was forgotten then is wanted again.
-                let reread = Some(Position::MIN);
+            if self.leasing.owns(owned.shard, owned.epoch) {
+                continue;
+            }
+            if self.stopping || self.leasing.void.get(&owned.shard) == Some(&owned.epoch) {
+                self.leasing.unwanted.push(owned);
+                continue;
+            }
+            self.note(Note::ShardGained(owned));
+            self.leasing.owned.insert(
+                owned.shard,
                 Owned {
                     epoch: owned.epoch,
                     loaded: false,
                     draining: false,
-                    reread,
+                    reread: None,
                     in_flight: 0,
-                }
-            });
+                },
+            );
+        }
+        if self.stopping {
+            return;
         }
         if self.leasing.owned.values().any(|owned| !owned.loaded) {
             self.load_soon();
@@ -219,9 +233,12 @@ impl Machine {
     pub(super) fn released(&mut self, result: Result<()>, now: Duration) {
         self.leasing.busy = false;
         self.left = self.leasing.leaving;
-        if let Err(error) = result {
+        match result {
+            // What was released because its epoch was void is wanted back under a new one.
+            Ok(()) if self.leasing.owned.len() < usize::from(self.fair_share()) => self.leasing_now(now),
+            Ok(()) => {}
             // The leases run out by themselves, or the next renewal shows that they are still ours.
-            self.store_failed("release", error, self.leasing.next.saturating_sub(now));
+            Err(error) => self.store_failed("release", error, self.leasing.next.saturating_sub(now)),
         }
     }
 
@@ -238,9 +255,10 @@ impl Machine {
 
     /// Forgets a shard and all that is in flight of it. What the sink has of it must not leave any more.
     pub(super) fn lose(&mut self, shard: Shard, why: &'static str) {
-        if self.leasing.owned.remove(&shard).is_none() {
+        let Some(owned) = self.leasing.owned.remove(&shard) else {
             return;
-        }
+        };
+        self.leasing.void.insert(shard, owned.epoch);
         self.note(Note::ShardLost { shard, why });
         self.settling.forget(shard);
         self.publishing.ready.retain(|record| record.shard != shard);

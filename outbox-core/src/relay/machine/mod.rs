@@ -30,7 +30,9 @@ mod leasing;
 #[cfg(test)]
 mod model;
 mod publishing;
+mod reloading;
 mod settling;
+mod topics;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;

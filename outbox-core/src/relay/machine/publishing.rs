@@ -325,6 +325,7 @@ impl Machine {
                     record,
                     key,
                     Wait {
+                        topic,
                         attempts,
                         due: Some(now + pause),
                         reason: Some(reason),
@@ -359,6 +360,7 @@ impl Machine {
             .tried(shard, flight.key.as_ref())
             .unwrap_or((flight.record, flight.attempts));
         let wait = Wait {
+            topic: flight.topic,
             attempts,
             due: Some(now),
             reason: None,
@@ -407,6 +409,7 @@ impl Machine {
                 record,
                 key,
                 Wait {
+                    topic,
                     attempts,
                     due: None,
                     reason: Some(reason),

@@ -1,6 +1,6 @@
 //! What became of records, gathered until it is written back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +37,13 @@ impl Settling {
                 self.current = None;
             }
         }
+    }
+}
+
+fn cleared(change: &HoldChange) -> Option<RecordRef> {
+    match change {
+        HoldChange::Clear(hold) => Some(hold.head),
+        HoldChange::Put(_) => None,
     }
 }
 
@@ -97,9 +104,15 @@ impl Machine {
             let part = if entry.get().len() <= room {
                 entry.remove()
             } else {
-                // Deaths and holds are few and belong together; deliveries can wait for the next one.
+                // Deaths and holds are few and belong together, and a hold is over together with its head: a crash
+                // between the two would forget the attempts. Other deliveries can wait for the next one.
                 let part = entry.get_mut();
-                let rest = part.delivered.split_off(room.min(part.delivered.len()));
+                let heads: BTreeSet<RecordRef> = part.holds.iter().filter_map(cleared).collect();
+                if !heads.is_empty() {
+                    part.delivered.sort_by_key(|record| !heads.contains(record));
+                }
+                let now = room.max(heads.len()).min(part.delivered.len());
+                let rest = part.delivered.split_off(now);
                 let mut first = std::mem::replace(part, ShardSettlement::new(part.shard, part.epoch));
                 part.delivered = rest;
                 if part.is_empty() {
@@ -118,7 +131,7 @@ impl Machine {
     }
 
     pub(super) fn settle_due(&self) -> Option<Duration> {
-        (!self.settling.busy && self.settling.current.is_some()).then_some(self.settling.next)
+        (!self.settling.busy && !self.settling.is_empty()).then_some(self.settling.next)
     }
 
     pub(super) fn settled(&mut self, result: Result<Settled>, now: Duration) {
@@ -155,9 +168,12 @@ impl Machine {
     fn committed(&mut self, settlement: &Settlement, settled: &Settled) {
         for shard in &settled.lost {
             self.note(Note::Fenced(*shard));
-            // A settlement that took long may be refused when the shard is already ours again, under a new epoch.
-            let refused = settlement.shards.iter().find(|part| part.shard == *shard);
-            if refused.is_some_and(|part| self.leasing.owns(*shard, part.epoch)) {
+            // It may be ours again by now, under another epoch; then its part was forgotten when it was lost.
+            if settlement
+                .shards
+                .iter()
+                .any(|part| part.shard == *shard && self.leasing.owns(part.shard, part.epoch))
+            {
                 self.lose(*shard, "taken");
             }
         }
@@ -196,99 +212,5 @@ impl Machine {
         }
         self.holds.committed(puts());
         self.shed_crowded();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fetch::{Fetched, Record};
-    use crate::lease::{Leases, RelayId};
-    use crate::message::Message;
-    use crate::relay::config::RelayConfig;
-    use crate::relay::machine::{Event, Setup};
-    use crate::shard::{OwnedShard, Position};
-    use crate::sink::Outcome;
-
-    const SHARD: Shard = Shard(0);
-
-    fn leased(sent: Duration, epoch: i64) -> Event {
-        let held = vec![OwnedShard {
-            shard: SHARD,
-            epoch: Epoch(epoch),
-        }];
-        let leases = Leases {
-            held,
-            relays: 1,
-            time_left: Duration::from_secs(10),
-        };
-        Event::Leased {
-            sent,
-            result: Ok(leases),
-        }
-    }
-
-    /// Answers everything but settlements, until nothing is wanted any more.
-    fn run(machine: &mut Machine, now: Duration, epoch: i64, rows: &mut Vec<Record>) {
-        while let Some(command) = machine.poll(now) {
-            let answer = match command {
-                Command::Lease { .. } => leased(now, epoch),
-                Command::LoadHolds { .. } => Event::HoldsLoaded {
-                    result: Ok(Vec::new()),
-                },
-                Command::Fetch { .. } => {
-                    let records = std::mem::take(rows);
-                    Event::Fetched {
-                        result: Ok(Fetched::Batch { records, more: false }),
-                    }
-                }
-                Command::Publish { batch, records } => {
-                    machine.handle(Event::Accepted { batch }, now);
-                    let outcomes = Some(vec![Outcome::Delivered; records.len()]);
-                    Event::Outcomes { batch, outcomes }
-                }
-                _ => continue,
-            };
-            machine.handle(answer, now);
-        }
-    }
-
-    #[test]
-    fn a_refusal_under_an_old_epoch_takes_nothing_of_the_new_one() {
-        let mut machine = Machine::new(Setup {
-            relay: RelayId::new("a"),
-            config: RelayConfig::default(),
-            shards: 1,
-            dead_letters: true,
-            scheduled: false,
-            stops_key_at_failure: true,
-            seed: 0,
-        });
-        let mut rows = vec![Record {
-            shard: SHARD,
-            position: Position(1),
-            key_seq: None,
-            attempts: 0,
-            message: Message::builder("t").key("k").build().unwrap(),
-            defect: None,
-        }];
-        run(&mut machine, Duration::ZERO, 1, &mut rows);
-        assert!(machine.settling.busy, "the delivery is being settled");
-
-        // The lease runs out before the answer, and the shard is gained anew.
-        let later = Duration::from_secs(60);
-        run(&mut machine, later, 2, &mut rows);
-        assert!(machine.leasing.owns(SHARD, Epoch(2)));
-
-        let lost = vec![SHARD];
-        machine.handle(
-            Event::Settled {
-                result: Ok(Settled { lost }),
-            },
-            later,
-        );
-        assert!(machine.leasing.owns(SHARD, Epoch(2)));
-        let fenced = |note: &Note| matches!(note, Note::Fenced(_));
-        assert!(machine.take_notes().iter().any(fenced));
     }
 }
