@@ -1,3 +1,10 @@
-//! The transactional outbox.
+#![doc = include_str!("../README.md")]
 
 pub use outbox_core::*;
+
+/// The Kafka sink and helpers for consumers.
+#[cfg(feature = "kafka")]
+pub use outbox_kafka as kafka;
+/// The SQLite store, enqueue and inbox.
+#[cfg(feature = "sqlite")]
+pub use outbox_sqlite as sqlite;

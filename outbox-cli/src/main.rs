@@ -1,3 +1,24 @@
-//! The program `outbox`.
+//! The program `outbox`: shows, runs and operates a transactional outbox.
 
-fn main() {}
+mod args;
+mod commands;
+mod exit;
+mod logging;
+mod output;
+mod settings;
+mod stdout_sink;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    match commands::run(&args) {
+        Ok(answer) => answer.into(),
+        Err(failure) => {
+            output::failure(&failure, args.verbose);
+            ExitCode::from(failure.code as u8)
+        }
+    }
+}

@@ -1,14 +1,18 @@
 //! The only clock of the relay.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-/// Tells monotonic time, which is all that the relay needs: leases run in the database's time, and wall clocks jump.
+/// Tells monotonic time, which is all that the relay decides by: leases run in the database's time, and wall clocks
+/// jump.
 pub trait Clock: Send + Sync + fmt::Debug + 'static {
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
+
+    /// The wall clock, for metrics alone: no decision rests on it.
+    fn wall(&self) -> SystemTime;
 }
 
 /// Tokio's clock, which tests can pause.
@@ -34,5 +38,9 @@ impl MonotonicClock {
 impl Clock for MonotonicClock {
     fn now(&self) -> Duration {
         self.0.elapsed()
+    }
+
+    fn wall(&self) -> SystemTime {
+        SystemTime::now()
     }
 }

@@ -154,6 +154,47 @@ pub struct Parts {
     pub deliver_at: Option<SystemTime>,
 }
 
+impl Parts {
+    /// Whether the fields are what [`MessageBuilder::build`] accepts, for stores that read rows written by hand.
+    ///
+    /// # Errors
+    /// As [`MessageBuilder::build`].
+    pub fn check(&self) -> Result<()> {
+        let invalid =
+            |message: String| Error::new(ErrorKind::Invalid, "build message", message).with("id", self.id);
+        check_topic(&self.topic)?;
+        if self.key.as_ref().is_some_and(|key| key.len() > MAX_KEY_BYTES) {
+            return Err(
+                invalid(format!("a key has at most {MAX_KEY_BYTES} bytes")).with("topic", &self.topic)
+            );
+        }
+        for (name, _) in self.headers.iter() {
+            if name.is_empty() || name.chars().any(char::is_control) {
+                return Err(
+                    invalid("a header name is not empty and has no control characters".into())
+                        .with("header", name.escape_debug()),
+                );
+            }
+            if is_reserved_header(name) {
+                return Err(invalid(format!(
+                    "header names beginning with {RESERVED_HEADER_PREFIX:?} are reserved"
+                ))
+                .with("header", name));
+            }
+        }
+        if self
+            .content_type
+            .as_ref()
+            .is_some_and(|text| text.is_empty() || text.chars().any(char::is_control))
+        {
+            return Err(invalid(
+                "a content type is not empty and has no control characters".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Message {
     /// Begins a message for `topic`.
     pub fn builder(topic: impl Into<Arc<str>>) -> MessageBuilder {
@@ -359,38 +400,7 @@ impl MessageBuilder {
         if let Some(error) = self.error {
             return Err(error);
         }
-        let parts = &self.parts;
-        let invalid =
-            |message: String| Error::new(ErrorKind::Invalid, "build message", message).with("id", parts.id);
-        check_topic(&parts.topic)?;
-        if parts.key.as_ref().is_some_and(|key| key.len() > MAX_KEY_BYTES) {
-            return Err(
-                invalid(format!("a key has at most {MAX_KEY_BYTES} bytes")).with("topic", &parts.topic)
-            );
-        }
-        for (name, _) in parts.headers.iter() {
-            if name.is_empty() || name.chars().any(char::is_control) {
-                return Err(
-                    invalid("a header name is not empty and has no control characters".into())
-                        .with("header", name.escape_debug()),
-                );
-            }
-            if is_reserved_header(name) {
-                return Err(invalid(format!(
-                    "header names beginning with {RESERVED_HEADER_PREFIX:?} are reserved"
-                ))
-                .with("header", name));
-            }
-        }
-        if parts
-            .content_type
-            .as_ref()
-            .is_some_and(|text| text.is_empty() || text.chars().any(char::is_control))
-        {
-            return Err(invalid(
-                "a content type is not empty and has no control characters".into(),
-            ));
-        }
+        self.parts.check()?;
         Ok(Message(self.parts))
     }
 }

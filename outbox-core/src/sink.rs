@@ -22,7 +22,9 @@ use crate::fetch::Record;
 /// - `Delivered` **MUST** mean durably accepted by the destination (`delivered_is_durable`).
 /// - After `Outage`, `Unknown` or `Broken` none of the key's successors that the sink already has is delivered
 ///   until the relay has called [`purge`](Self::purge); with [`SinkCapabilities::stops_key_at_failure`] neither
-///   after `Poison`, `Retry` and `TopicBlocked`: those successors are `Skipped` (`failure_stops_key`).
+///   after `Poison`, `Retry` and `TopicBlocked`: those successors are `Skipped` (`failure_stops_key`). The sink
+///   "already has" what was handed over, that is for which `publish` was first polled, before the failure's receipt
+///   resolved; the relay never begins a hand-over between hearing of a failure and deciding upon it.
 /// - A sink without that capability **MUST NOT** answer `Retry`.
 /// - After [`purge`](Self::purge) every open receipt **MUST** resolve promptly, and nothing handed over before may
 ///   leave the process any more (`purge_resolves_everything`).

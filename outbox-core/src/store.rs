@@ -95,7 +95,8 @@ pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
 ///   held, a record is returned within a number of fetches bounded by the eligible records at its commit.
 /// - **C4** An empty batch with `more == false` **MUST** mean that nothing was eligible in that snapshot.
 /// - **C5** A cursor is for speed only: in memory, per shard **and epoch**, so that it restarts for a shard that was
-///   lost and regained, even between two fetches.
+///   lost and regained, even between two fetches. Where it passed over what was held it goes back as soon as that is
+///   not held any more, below the position of a reread, too: only the reader knows what it passed over.
 /// - **C6** `in_flight` is what was read and is not known to be settled; the request's view is the one that counts.
 /// - **C7** Memory **MUST NOT** grow with the backlog.
 /// - **C8** When the server's identity changed or its numbers went back, it answers [`Fetched::Reset`].

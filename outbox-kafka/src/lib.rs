@@ -1,1 +1,19 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
+
+mod classify;
+mod config;
+mod consumer;
+mod context;
+mod error;
+mod headers;
+mod producer;
+mod sink;
+mod suspects;
+mod topics;
+mod tracker;
+
+pub use config::KafkaConfig;
+pub use consumer::{ReceivedMessage, message_id};
+pub use headers::{CONTENT_TYPE, OUTBOX_ID, OUTBOX_KEY_SEQ};
+pub use rdkafka;
+pub use sink::KafkaSink;

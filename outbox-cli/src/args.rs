@@ -1,0 +1,364 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// Shows, runs and operates a transactional outbox.
+#[derive(Debug, Parser)]
+#[command(name = "outbox", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Args {
+    /// Show the whole chain of causes when something fails
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
+    pub(crate) verbose: bool,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What goes to the log.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct LogArgs {
+    /// What to log, to stderr: a level or targets with levels, such as info,librdkafka=debug [env: RUST_LOG]
+    #[arg(long, value_name = "FILTER", global = true, help_heading = GLOBAL)]
+    pub(crate) log: Option<String>,
+
+    /// How to write the log: text, lines for people; or json, an object a line
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        global = true,
+        help_heading = GLOBAL,
+        hide_possible_values = true,
+        default_value = "text",
+        env = "OUTBOX_LOG_FORMAT"
+    )]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show the promise being kept, with nothing to install
+    ///
+    /// Producers place orders in an SQLite database, each with its message in one transaction; some roll back. A
+    /// relay publishes the messages to Kafka, is killed half-way and started again. A consumer with an inbox adds
+    /// them up in a database of its own. In the end every part of the promise is checked against what happened.
+    #[command(after_help = DEMO_EXAMPLES)]
+    Demo(DemoArgs),
+
+    /// Run a relay: publish what the outbox has, until told to stop
+    ///
+    /// SIGTERM or SIGINT stops it in order: nothing more is handed over, what is under way is settled, the shards are
+    /// released. A second signal stops it at once, which loses nothing, but delivers unsettled messages again.
+    #[command(after_help = RELAY_EXAMPLES)]
+    Relay(RelayArgs),
+
+    /// Show the state of the outbox: backlog, failures, leases, relays
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status(StatusArgs),
+
+    /// Make the outbox's tables, or bring them up to date
+    #[command(after_help = MIGRATE_EXAMPLES)]
+    Migrate(MigrateArgs),
+
+    /// Inspect, requeue and discard dead letters: messages that could not be delivered
+    #[command(subcommand, after_help = DEAD_EXAMPLES)]
+    Dead(DeadCommand),
+
+    /// Inspect, resume and bury parked keys: they wait because their first message could not be delivered
+    #[command(subcommand, after_help = PARKED_EXAMPLES)]
+    Parked(ParkedCommand),
+
+    /// Check a configuration, or print an example of one
+    #[command(subcommand, after_help = CONFIG_EXAMPLES)]
+    Config(ConfigCommand),
+}
+
+/// Where the configuration is.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ConfigArgs {
+    /// The configuration file. Without one, the environment alone: OUTBOX_STORE__TYPE=sqlite and so on
+    #[arg(long, short, value_name = "FILE", env = "OUTBOX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoArgs {
+    /// How many orders to place
+    #[arg(long, value_name = "N", default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub(crate) orders: u32,
+
+    /// How many customers place them: order is kept per customer
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) keys: u32,
+
+    /// Use this Kafka, in a topic made for the purpose, instead of a mock within the process
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) kafka: Option<String>,
+
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct RelayArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    /// Stop when nothing is left that could be delivered now; the answer is no (1) when something remains
+    #[arg(long)]
+    pub(crate) drain: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    /// Print one JSON object; with --watch one a line
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Show it again every so often, until interrupted
+    #[arg(long, short, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = duration)]
+    pub(crate) watch: Option<Duration>,
+
+    /// Answer no (1) when the oldest undelivered message is older than this
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) max_age: Option<Duration>,
+
+    /// Answer no (1) when there are more dead letters than this
+    #[arg(long, value_name = "N")]
+    pub(crate) max_dead: Option<u64>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct MigrateArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    /// Print the statements that make the outbox, and change nothing
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) print: bool,
+
+    /// Print what was done as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeadCommand {
+    /// List dead letters, oldest first
+    #[command(after_help = DEAD_EXAMPLES)]
+    List {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Only those of this topic
+        #[arg(long)]
+        topic: Option<String>,
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+        limit: u32,
+        /// Print one JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one dead letter as one JSON object, its payload included
+    #[command(after_help = DEAD_EXAMPLES)]
+    Show {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// The message's id
+        #[arg(value_name = "MESSAGE_ID")]
+        id: String,
+    },
+    /// Put dead letters back at the end of the outbox: they are delivered out of their first order
+    #[command(after_help = DEAD_EXAMPLES)]
+    Requeue(DeadChoice),
+    /// Delete dead letters for good
+    #[command(after_help = DEAD_EXAMPLES)]
+    Discard(DeadChoice),
+}
+
+/// Which dead letters.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DeadChoice {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    #[command(flatten)]
+    pub(crate) which: Which,
+
+    /// With --all: only those of this topic
+    #[arg(long, requires = "all")]
+    pub(crate) topic: Option<String>,
+
+    /// Print what was done as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ParkedCommand {
+    /// List what is parked, oldest first
+    #[command(after_help = PARKED_EXAMPLES)]
+    List {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+        limit: u32,
+        /// Print one JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Try parked messages again, from the first attempt
+    #[command(after_help = PARKED_EXAMPLES)]
+    Resume(ParkedChoice),
+    /// Move parked messages to the dead letters and let their keys go on
+    #[command(after_help = PARKED_EXAMPLES)]
+    Bury(ParkedChoice),
+}
+
+/// Some or all; what is parked goes by the ids of the messages that are waited for.
+#[derive(Debug, ClapArgs)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// The messages' ids
+    #[arg(value_name = "MESSAGE_ID")]
+    pub(crate) ids: Vec<String>,
+
+    /// All of them
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+/// Which parked messages.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ParkedChoice {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    #[command(flatten)]
+    pub(crate) which: Which,
+
+    /// Print what was done as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Check the configuration, and on request whether store and sink can be reached
+    #[command(after_help = CONFIG_EXAMPLES)]
+    Check {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Also open the store and probe the sink
+        #[arg(long)]
+        connect: bool,
+    },
+    /// Print an example with every setting, its default and what it is for
+    #[command(after_help = CONFIG_EXAMPLES)]
+    Example,
+}
+
+/// Under what the options stand that all commands have.
+const GLOBAL: &str = "Options of all commands";
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; expected for example 5s, 250ms or 1h"))
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; the answer is yes
+  1  the answer is no: a promise did not hold, the outbox is not empty, a limit is passed
+  2  the command line or the configuration is wrong
+  3  the database, the broker or the output cannot be reached: the same command may succeed later
+  4  schema, permissions or data are not as they must be: somebody has to act
+  5  something unexpected, very likely a defect
+
+Begin with `outbox demo`, then `outbox config example > outbox.toml`.";
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  outbox demo
+  outbox demo --orders 20000 --keys 200
+  outbox demo --kafka localhost:9092      a real broker; the topic is deleted afterwards
+  outbox demo --json | jq .kept
+
+Exit code 1 when any part of the promise did not hold.";
+
+const RELAY_EXAMPLES: &str = "\
+Examples:
+  outbox relay --config outbox.toml
+  outbox relay --config outbox.toml --drain          stops when the outbox is empty
+  outbox relay --config outbox.toml --log-format json --log info,librdkafka=debug
+  OUTBOX_RELAY__LEASE=30s OUTBOX_SINK__OPTIONS__SASL_PASSWORD=... outbox relay --config outbox.toml
+
+Every setting can be given in the environment, which has the last word: OUTBOX_SECTION__FIELD.";
+
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  outbox status --config outbox.toml
+  outbox status --config outbox.toml --watch         every 2 s; --watch 500ms
+  outbox status --config outbox.toml --json | jq .backlog
+  outbox status --config outbox.toml --max-age 5m --max-dead 0      for a probe: exit code 1 when exceeded";
+
+const MIGRATE_EXAMPLES: &str = "\
+Examples:
+  outbox migrate --config outbox.toml
+  outbox migrate --config outbox.toml --print        the SQL, for migrations of your own
+
+Safe to run again, from several machines at once, and beside running relays.";
+
+const DEAD_EXAMPLES: &str = "\
+Examples:
+  outbox dead list --config outbox.toml --topic orders
+  outbox dead show --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
+  outbox dead requeue --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
+  outbox dead requeue --config outbox.toml --all --topic orders
+  outbox dead discard --config outbox.toml --all
+
+Exit code 1 when one of the named messages is not there (any more).";
+
+const PARKED_EXAMPLES: &str = "\
+Examples:
+  outbox parked list --config outbox.toml
+  outbox parked resume --config outbox.toml --all
+  outbox parked bury --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
+
+Exit code 1 when one of the named messages is not parked (any more).";
+
+const CONFIG_EXAMPLES: &str = "\
+Examples:
+  outbox config example > outbox.toml
+  outbox config check --config outbox.toml
+  outbox config check --config outbox.toml --connect";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+}

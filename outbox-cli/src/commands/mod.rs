@@ -1,0 +1,72 @@
+//! The commands, one file each.
+
+mod config;
+mod dead;
+mod demo;
+mod migrate;
+mod parked;
+mod relay;
+mod signals;
+mod status;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use outbox::{MessageId, OutboxStore};
+use tokio::runtime::Runtime;
+
+use crate::args::{Args, Command, ConfigArgs};
+use crate::exit::{Answer, Code, Failure, Result};
+use crate::logging;
+use crate::settings::Settings;
+
+/// Does what the command line says.
+pub(crate) fn run(args: &Args) -> Result<Answer> {
+    let default_filter = match args.command {
+        Command::Relay(_) => "info",
+        // It kills its own relay and says so; the log would say it again.
+        Command::Demo(_) => "off",
+        // What librdkafka has to say comes back as the command's own failure.
+        _ => "warn,librdkafka=off",
+    };
+    logging::start(&args.log, default_filter)?;
+    match &args.command {
+        Command::Demo(args) => demo::run(args),
+        Command::Relay(args) => block_on(relay::run(args)),
+        Command::Status(args) => block_on(status::run(args)),
+        Command::Migrate(args) => migrate::run(args),
+        Command::Dead(command) => block_on(dead::run(command)),
+        Command::Parked(command) => block_on(parked::run(command)),
+        Command::Config(command) => block_on(config::run(command)),
+    }
+}
+
+/// The settings that the command line names.
+fn settings(args: &ConfigArgs) -> Result<Settings> {
+    Settings::load(args.config.as_deref())
+}
+
+/// The store that the command line names.
+fn store(args: &ConfigArgs) -> Result<Arc<dyn OutboxStore>> {
+    settings(args)?.store.open()
+}
+
+/// Message ids as the user gave them.
+fn message_ids(texts: &[String]) -> Result<Vec<MessageId>> {
+    texts.iter().map(|text| Ok(text.parse::<MessageId>()?)).collect()
+}
+
+/// Runs a command; does not wait for blocking calls that nobody waits for any more.
+fn block_on<T>(command: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(command);
+    runtime.shutdown_background();
+    result
+}
+
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Code::Unavailable, format!("start threads: {error}")).because(&error))
+}

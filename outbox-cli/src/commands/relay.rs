@@ -1,0 +1,94 @@
+//! `outbox relay`: runs a relay until it is told to stop, or until nothing is left.
+
+use std::sync::Arc;
+
+use outbox::{OutboxStore, Relay};
+use tokio::sync::oneshot;
+
+use super::signals::Signals;
+use crate::args::RelayArgs;
+use crate::exit::{Answer, Code, Failure, Result};
+use crate::output;
+use crate::settings::{Settings, SinkSettings};
+use crate::stdout_sink::Gone;
+
+pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
+    let mut signals = Signals::listen().map_err(|error| {
+        Failure::new(Code::Unexpected, format!("listen for signals: {error}")).because(&error)
+    })?;
+    let settings = super::settings(&args.config)?;
+    let store = settings.store.open()?;
+    let gone = Gone::default();
+    let relay = build(&settings, store.clone(), &gone)?;
+    let id = relay.id().clone();
+    // A store that is not there is told at once and by the exit code; later on the relay waits for it to come back.
+    store.stats().await?;
+
+    tracing::info!(relay = %id, store = settings.store.describe(), sink = settings.sink.as_ref().map(SinkSettings::describe), drain = args.drain, "relay starts");
+    let (stop, stopped) = oneshot::channel::<()>();
+    let shutdown = async {
+        // The sender lives as long as the relay.
+        let _ = stopped.await;
+    };
+    let running = async {
+        if args.drain {
+            relay.drain(shutdown).await
+        } else {
+            relay.run(shutdown).await
+        }
+    };
+    tokio::pin!(running);
+
+    let mut reader_gone = false;
+    tokio::select! {
+        result = &mut running => {
+            result?;
+            return remaining(&*store, args.drain).await;
+        }
+        signal = signals.next() => tracing::info!(relay = %id, signal, "stopping in order; a second signal stops at once"),
+        () = gone.wait() => reader_gone = true,
+    }
+    let _ = stop.send(());
+    tokio::select! {
+        result = &mut running => result?,
+        signal = signals.next() => {
+            tracing::warn!(relay = %id, signal, "stopped at once; unsettled messages will be delivered again");
+            return Ok(Answer::Interrupted(signal));
+        }
+    }
+    tracing::info!(relay = %id, "relay stopped");
+    if reader_gone {
+        return Err(
+            Failure::new(Code::Unavailable, "write stdout: its reader has gone")
+                .hint("nothing is lost: what was not written, and the last batch, will be written again"),
+        );
+    }
+    remaining(&*store, args.drain).await
+}
+
+fn build(settings: &Settings, store: Arc<dyn OutboxStore>, gone: &Gone) -> Result<Relay> {
+    let Some(sink) = &settings.sink else {
+        return Err(Failure::new(Code::Usage, "configuration: there is no sink")
+            .hint("add [sink] with type = \"kafka\" or \"stdout\", or set OUTBOX_SINK__TYPE"));
+    };
+    Ok(Relay::new(store, sink.open(gone)?)
+        .with_config(settings.relay.config.clone())
+        .with_id(settings.relay.id()))
+}
+
+/// Whether a drain has left nothing behind.
+async fn remaining(store: &dyn OutboxStore, drain: bool) -> Result<Answer> {
+    if !drain {
+        return Ok(Answer::Yes);
+    }
+    let stats = store.stats().await?;
+    if stats.backlog.value() == 0 {
+        output::notice("drained: the outbox is empty");
+        return Ok(Answer::Yes);
+    }
+    output::notice(format!(
+        "not drained: {} messages remain ({} keys, messages or topics wait for a retry, {} are parked)",
+        stats.backlog, stats.retrying, stats.parked
+    ));
+    Ok(Answer::No)
+}

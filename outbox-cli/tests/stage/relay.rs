@@ -1,0 +1,87 @@
+//! Relays as operators run them: processes, which can be killed, stopped and told to end.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// A running `outbox relay`. Dropping it kills it.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Relay {
+    /// Starts one that writes its log to a file.
+    pub(super) fn start(config: &std::path::Path, log: PathBuf) -> Self {
+        let output = File::create(&log).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_outbox"))
+            .args(["relay", "--config"])
+            .arg(config)
+            .env("RUST_LOG", "info,outbox_core=debug")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        Self { child, log }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGKILL: it gets no chance to do anything.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGSTOP: it stands still and does not know.
+    pub(crate) fn pause(&self) {
+        signal(&self.pid().to_string(), "STOP");
+    }
+
+    /// SIGCONT: it goes on as if nothing had happened.
+    pub(crate) fn resume(&self) {
+        signal(&self.pid().to_string(), "CONT");
+    }
+
+    /// SIGTERM: it ends in order; says how, and how long it took.
+    pub(crate) fn terminate(mut self) -> (ExitStatus, Duration) {
+        let begin = Instant::now();
+        signal(&self.pid().to_string(), "TERM");
+        let ended = super::until(Duration::from_secs(60), || self.child.try_wait().unwrap());
+        let status = ended.unwrap_or_else(|| panic!("a relay does not end:\n{}", self.log()));
+        (status, begin.elapsed())
+    }
+
+    /// What it has said so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Fails when it has died by itself.
+    pub(crate) fn assert_alive(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("a relay died, {status}:\n{}", self.log());
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The shell has `kill` built in, on every system.
+pub(super) fn signal(pid: &str, name: &str) {
+    let status = Command::new("sh")
+        .args(["-c", "kill -s \"$1\" \"$2\"", "sh", name, pid])
+        .status()
+        .unwrap();
+    assert!(status.success(), "SIG{name} could not be sent to {pid}");
+}

@@ -1,0 +1,402 @@
+//! The relay's hands: carries out the machine's commands and tells it what happened.
+//!
+//! Everything runs inside the one future of [`Driver::run`], so dropping it drops everything. Calls of the store run
+//! side by side; calls of the sink take turns, and a hand-over that waits for room can be given up.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use futures::{FutureExt, future};
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
+
+use super::machine::{BatchId, Command, Event, Machine, Setup};
+use super::observe::Observer;
+use super::{Relay, RelayConfig};
+use crate::clock::Clock;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fetch::Record;
+use crate::lease::{LeaseRequest, RelayId};
+use crate::shard::Shard;
+use crate::sink::{Receipt, Sink};
+use crate::store::{OutboxStore, Reader, Stats};
+use crate::wake::{WakeUp, Waker};
+
+pub(super) struct Driver {
+    machine: Machine,
+    store: Arc<dyn OutboxStore>,
+    /// Calls take turns by this lock. It is held across awaits, but never while another lock is wanted.
+    sink: Arc<Mutex<Box<dyn Sink>>>,
+    config: RelayConfig,
+    id: RelayId,
+    waker: Waker,
+    clock: Arc<dyn Clock>,
+    /// Whether to stop when nothing is left.
+    drains: bool,
+    /// Kept between fetches; none while a fetch has it, and after an error.
+    reader: Option<Box<dyn Reader>>,
+    /// What is being done, but for the two below.
+    work: FuturesUnordered<BoxFuture<'static, Done>>,
+    /// The hand-over under way, apart so that a purge can give it up.
+    handing: Option<(BatchId, BoxFuture<'static, Receipt>)>,
+    /// What the sink has taken over.
+    receipts: FuturesUnordered<BoxFuture<'static, Event>>,
+    observer: Observer,
+    /// When to look at the whole outbox again.
+    observe_next: Duration,
+    observing: bool,
+}
+
+/// How often the state of the whole outbox is looked at, for metrics, retention and draining.
+const OBSERVE_EVERY: Duration = Duration::from_secs(10);
+/// The same while draining.
+const DRAIN_LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long a relay that stops waits for the store, after the grace for the sink is over.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+/// A sleep is at least so long, whatever the machine says: time resolves no finer, and a busy loop helps nobody.
+const SHORTEST_SLEEP: Duration = Duration::from_micros(200);
+/// How many archived messages one purge removes.
+const PURGE_ROWS: usize = 1_000;
+
+/// The end of something that was being done.
+enum Done {
+    Event(Event),
+    Fetched(Option<Box<dyn Reader>>, Event),
+    Observed(Option<Stats>),
+}
+
+impl Driver {
+    pub(super) fn new(relay: Relay, drains: bool) -> Self {
+        let Relay {
+            store,
+            sink,
+            config,
+            id,
+            waker,
+            clock,
+            seed,
+        } = relay;
+        let setup = Setup {
+            relay: id.clone(),
+            config: config.clone(),
+            shards: store.capabilities().shards,
+            dead_letters: store.dead_letters().is_some(),
+            scheduled: store.scheduled().is_some(),
+            stops_key_at_failure: sink.capabilities().stops_key_at_failure,
+            seed,
+        };
+        Self {
+            machine: Machine::new(setup),
+            observer: Observer::new(store.capabilities().name, sink.capabilities().name, &id),
+            store,
+            sink: Arc::new(Mutex::new(sink)),
+            config,
+            id,
+            waker,
+            clock,
+            drains,
+            reader: None,
+            work: FuturesUnordered::new(),
+            handing: None,
+            receipts: FuturesUnordered::new(),
+            observe_next: Duration::ZERO,
+            observing: false,
+        }
+    }
+
+    pub(super) async fn run(mut self, shutdown: impl Future<Output = ()> + Send) {
+        let mut shutdown = pin!(shutdown.fuse());
+        let mut wake_up = self.store.wake_up();
+        // When a relay that stops gives up on the sink, and then on the store.
+        let mut last_moment: Option<Duration> = None;
+        let mut hurried = false;
+        loop {
+            let now = self.clock.now();
+            while let Some(command) = self.machine.poll(now) {
+                self.start(command, now);
+            }
+            self.observer.report(self.machine.take_notes());
+            if self.machine.has_left() {
+                return;
+            }
+            if last_moment.is_none() {
+                self.observe(now);
+                if self.drains && self.machine.is_idle() {
+                    self.machine.handle(Event::Shutdown, now);
+                    last_moment = Some(now + self.config.grace);
+                    continue;
+                }
+            }
+            if let Some(moment) = last_moment
+                && now >= moment
+            {
+                if hurried {
+                    tracing::warn!(relay = %self.id, "stopped without an answer of the store; the leases run out by themselves");
+                    return;
+                }
+                hurried = true;
+                last_moment = Some(now + LAST_CALLS);
+                self.machine.hurry();
+                continue;
+            }
+            let due = self
+                .machine
+                .next_due(now)
+                .into_iter()
+                .chain(last_moment)
+                .chain(self.observe_due())
+                .min();
+            let pause = due
+                .map_or(OBSERVE_EVERY, |due| due.saturating_sub(now))
+                .max(SHORTEST_SLEEP);
+
+            tokio::select! {
+                // A hand-over begins before any outcome is heard: a sink that stops a key at a failure must be able
+                // to tell what was sent before the failure was known from what was sent after. See `Sink`.
+                biased;
+                (batch, receipt) = handed(&mut self.handing) => self.accepted(batch, receipt),
+                () = &mut shutdown, if last_moment.is_none() => {
+                    self.tell(Event::Shutdown);
+                    last_moment = Some(self.clock.now() + self.config.grace);
+                }
+                Some(done) = self.work.next() => self.done(done),
+                Some(event) = self.receipts.next() => self.tell(event),
+                () = self.waker.woken() => self.tell(Event::Wake),
+                () = woken(&mut wake_up) => self.tell(Event::Wake),
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.machine.handle(event, self.clock.now());
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Event(event) => self.tell(event),
+            Done::Fetched(reader, event) => {
+                self.reader = reader;
+                self.tell(event);
+            }
+            Done::Observed(stats) => {
+                self.observing = false;
+                let Some(stats) = stats else { return };
+                self.observer.stats(&stats);
+                // Other relays may own what is left; then it is theirs to drain, and done when it is gone.
+                if self.drains && stats.backlog.value() == 0 && self.machine.is_empty() {
+                    self.drains = false;
+                    self.waker.wake();
+                    self.tell(Event::Shutdown);
+                }
+            }
+        }
+    }
+
+    /// Begins what the machine wants done.
+    fn start(&mut self, command: Command, now: Duration) {
+        let store = self.store.clone();
+        let relay = self.id.clone();
+        let limit = self.config.call_timeout;
+        match command {
+            Command::Lease { want } => {
+                let request = LeaseRequest {
+                    relay,
+                    want,
+                    ttl: self.config.lease,
+                };
+                // Renewed at a third of the lease, given up at two thirds: one that hangs can be repeated in time.
+                let limit = limit.min(self.config.lease / 3);
+                self.event(async move {
+                    Event::Leased {
+                        sent: now,
+                        result: within(limit, "lease", store.lease(&request)).await,
+                    }
+                });
+            }
+            Command::Release { shards, membership } => self.event(async move {
+                Event::Released {
+                    result: within(limit, "release", store.release(&relay, &shards, membership)).await,
+                }
+            }),
+            Command::LoadHolds { shards } => self.event(async move {
+                Event::HoldsLoaded {
+                    result: within(limit, "load holds", store.holds(&shards)).await,
+                }
+            }),
+            Command::Settle { settlement } => {
+                let timing = self.observer.timing("outbox_settle_seconds", &self.clock);
+                self.event(async move {
+                    let result = within(limit, "settle", store.settle(&settlement)).await;
+                    timing.stop();
+                    Event::Settled { result }
+                });
+            }
+            Command::Promote { shards } => {
+                let limit_rows = self.config.batch_rows;
+                self.event(async move {
+                    let result = match store.scheduled() {
+                        Some(scheduled) => {
+                            within(limit, "promote", scheduled.promote(&relay, &shards, limit_rows)).await
+                        }
+                        None => Ok(crate::Promotion::default()),
+                    };
+                    Event::Promoted { result }
+                });
+            }
+            Command::Fetch { request } => {
+                let mut reader = self.reader.take();
+                let timing = self.observer.timing("outbox_fetch_seconds", &self.clock);
+                self.work.push(
+                    async move {
+                        let fetch = async {
+                            let own = match &mut reader {
+                                Some(own) => own,
+                                none => none.insert(store.reader().await?),
+                            };
+                            own.fetch(&request).await
+                        };
+                        let result = within(limit, "fetch", fetch).await;
+                        timing.stop();
+                        // After any error its connection is in doubt, and with it its cursor.
+                        let reader = reader.filter(|_| result.is_ok());
+                        Done::Fetched(reader, Event::Fetched { result })
+                    }
+                    .boxed(),
+                );
+            }
+            Command::Publish { batch, records } => self.publish(batch, records),
+            Command::Purge => {
+                if let Some((batch, _)) = self.handing.take() {
+                    self.receipts.push(
+                        future::ready(Event::Outcomes {
+                            batch,
+                            outcomes: None,
+                        })
+                        .boxed(),
+                    );
+                }
+                let sink = self.sink.clone();
+                self.event(async move {
+                    sink.lock().await.purge().await;
+                    Event::Purged
+                });
+            }
+            Command::Rebuild => {
+                let sink = self.sink.clone();
+                self.event(async move {
+                    let result =
+                        within(limit, "rebuild sink", async { sink.lock().await.rebuild().await }).await;
+                    Event::Rebuilt { result }
+                });
+            }
+            Command::Probe => {
+                let sink = self.sink.clone();
+                self.event(async move {
+                    let result = within(limit, "probe sink", async { sink.lock().await.probe().await }).await;
+                    Event::Probed { result }
+                });
+            }
+        }
+    }
+
+    fn event(&mut self, event: impl Future<Output = Event> + Send + 'static) {
+        self.work.push(event.map(Done::Event).boxed());
+    }
+
+    fn publish(&mut self, batch: BatchId, records: Vec<Record>) {
+        self.observer.publishing(&records, &self.clock);
+        let sink = self.sink.clone();
+        self.handing = Some((
+            batch,
+            async move { sink.lock().await.publish(records).await }.boxed(),
+        ));
+    }
+
+    fn accepted(&mut self, batch: BatchId, receipt: Receipt) {
+        let timing = self.observer.timing("outbox_publish_seconds", &self.clock);
+        self.receipts.push(
+            async move {
+                let outcomes = Some(receipt.outcomes().await);
+                timing.stop();
+                Event::Outcomes { batch, outcomes }
+            }
+            .boxed(),
+        );
+        self.tell(Event::Accepted { batch });
+    }
+
+    /// Now and then the owner of the first shard looks at the whole outbox: one relay of many is enough.
+    fn observe(&mut self, now: Duration) {
+        if self.observing || now < self.observe_next || !(self.drains || self.machine.owns(Shard(0))) {
+            return;
+        }
+        self.observing = true;
+        self.observe_next = now
+            + if self.drains {
+                DRAIN_LOOK_EVERY
+            } else {
+                OBSERVE_EVERY
+            };
+        let store = self.store.clone();
+        let (limit, age) = (self.config.call_timeout, self.config.retention);
+        self.work.push(
+            async move {
+                if let Some(retention) = store.retention() {
+                    let purged = within(limit, "purge archive", retention.purge(age, PURGE_ROWS)).await;
+                    if let Err(error) = purged {
+                        tracing::warn!(%error, "the archive could not be purged; the relay goes on");
+                    }
+                }
+                match within(limit, "stats", store.stats()).await {
+                    Ok(stats) => Done::Observed(Some(stats)),
+                    Err(error) => {
+                        tracing::warn!(%error, "the state of the outbox could not be read; the relay goes on");
+                        Done::Observed(None)
+                    }
+                }
+            }
+            .boxed(),
+        );
+    }
+
+    fn observe_due(&self) -> Option<Duration> {
+        (self.drains && !self.observing).then_some(self.observe_next)
+    }
+}
+
+/// The hand-over under way, when the sink has taken it over; never when there is none.
+async fn handed(handing: &mut Option<(BatchId, BoxFuture<'static, Receipt>)>) -> (BatchId, Receipt) {
+    let Some((batch, receipt)) = handing else {
+        return future::pending().await;
+    };
+    let done = (*batch, receipt.await);
+    *handing = None;
+    done
+}
+
+async fn woken(wake_up: &mut Option<Box<dyn WakeUp>>) {
+    match wake_up {
+        Some(wake_up) => wake_up.wait().await,
+        None => future::pending().await,
+    }
+}
+
+/// Gives a call up that takes too long. All these calls are safe to drop by contract.
+async fn within<T>(
+    limit: Duration,
+    operation: &'static str,
+    call: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    timeout(limit, call).await.unwrap_or_else(|_| {
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            operation,
+            "no answer within the time allowed",
+        )
+        .with("limit", format!("{limit:?}")))
+    })
+}

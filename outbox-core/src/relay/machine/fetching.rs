@@ -1,0 +1,349 @@
+//! When to read, what to ask for, and what to take of the answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Command, Flight, KeyFlights, Machine, Note, SERIAL_WAITING, Stage};
+use crate::error::Result;
+use crate::fetch::{FetchRequest, Fetched, Held, InFlight, Record, Reread, RereadScope};
+use crate::scheduled::Promotion;
+use crate::shard::{OwnedShard, Position, Shard};
+
+#[derive(Debug, Default)]
+pub(super) struct Fetching {
+    /// The request that is out, with what must still be true when its answer comes.
+    asked: Option<Asked>,
+    /// How many requests there have been.
+    pub(super) count: u64,
+    next: Duration,
+    /// The present pause between reads that find nothing.
+    idle: Duration,
+    woken: bool,
+    /// Whether the last answer was empty, whole and accepted.
+    nothing: bool,
+    failures: u32,
+    /// The shards whose messages are being promoted.
+    promoting: Option<Vec<OwnedShard>>,
+    promote_next: Duration,
+    promote_failures: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) shards: Vec<OwnedShard>,
+    /// What was left out.
+    pub(super) held: Arc<Held>,
+    /// See [`super::publishing::Publishing::generation`].
+    generation: u64,
+}
+
+/// How long scheduled messages may be late because nobody looked.
+const PROMOTE_EVERY: Duration = Duration::from_secs(1);
+
+impl Fetching {
+    /// Reads at once, or right after the answer that is out: what it brings may be older than the wake-up.
+    pub(super) fn wake(&mut self) {
+        self.woken = true;
+    }
+
+    pub(super) fn found_nothing(&self) -> bool {
+        self.nothing && self.asked.is_none()
+    }
+}
+
+impl Machine {
+    pub(super) fn poll_fetch(&mut self, now: Duration) -> Option<Command> {
+        if self.fetch_due()? > now {
+            return None;
+        }
+        let shards = self.leasing.active();
+        self.fetching.count += 1;
+        let mut reread = self.release_due_holds(now);
+        for owned in &shards {
+            if let Some(from) = self
+                .leasing
+                .owned
+                .get_mut(&owned.shard)
+                .and_then(|owned| owned.reread.take())
+            {
+                reread.push(Reread {
+                    shard: owned.shard,
+                    scope: RereadScope::Shard,
+                    from,
+                });
+            }
+        }
+        let in_flight = self
+            .flights
+            .iter()
+            .map(|((shard, position), flight)| InFlight {
+                shard: *shard,
+                position: *position,
+                key: flight.key.clone(),
+            })
+            .collect();
+        self.fetching.woken = false;
+        self.fetching.nothing = false;
+        self.fetching.asked = Some(Asked {
+            shards: shards.clone(),
+            held: self.holds.held(),
+            generation: self.publishing.generation,
+        });
+        let config = &self.setup.config;
+        Some(Command::Fetch {
+            request: Arc::new(FetchRequest {
+                shards,
+                in_flight,
+                held: self.holds.held(),
+                reread,
+                max_rows: config.batch_rows.min(config.window_rows - self.flights.len()),
+                max_bytes: config.batch_bytes,
+            }),
+        })
+    }
+
+    fn may_fetch(&self) -> bool {
+        let config = &self.setup.config;
+        self.fetching.asked.is_none()
+            && !self.stopping
+            && self.publishing.is_open()
+            && self.flights.len() < config.window_rows
+            && self.bytes < config.window_bytes
+            // A full window frees up row by row; reading by handfuls would cost a round trip each.
+            && (config.window_rows - self.flights.len() >= config.batch_rows.min(config.window_rows / 2).max(1))
+    }
+
+    pub(super) fn fetch_due(&self) -> Option<Duration> {
+        if !self.may_fetch() || self.leasing.owned.values().all(|owned| !owned.is_active()) {
+            return None;
+        }
+        if self.fetching.failures > 0 {
+            // However much there is to do: a store that fails is not to be pestered.
+            return Some(self.fetching.next);
+        }
+        if self.fetching.woken {
+            return Some(Duration::ZERO);
+        }
+        let due = self.holds.due();
+        Some(due.map_or(self.fetching.next, |due| due.min(self.fetching.next)))
+    }
+
+    /// When to look again whether a hold can be released: its turn has come, and it cannot yet.
+    pub(super) fn look_again(&self, now: Duration) -> Duration {
+        now + self.fetching.idle.max(self.setup.config.poll_busy)
+    }
+
+    pub(super) fn fetched(&mut self, result: Result<Fetched>, now: Duration) {
+        let Some(asked) = self.fetching.asked.take() else {
+            return;
+        };
+        let (records, more) = match result {
+            Ok(Fetched::Batch { records, more }) => (records, more),
+            Ok(Fetched::Reset { reason }) => {
+                self.note(Note::Reset { reason });
+                self.fetch_failed(now);
+                self.reset(now);
+                return;
+            }
+            Err(error) => {
+                // The next reader starts from nothing and so finds again what this one was asked to reread.
+                let pause = self.fetch_failed(now);
+                self.store_failed("fetch", error, pause);
+                return;
+            }
+        };
+        self.fetching.failures = 0;
+        let empty = records.is_empty();
+        let current =
+            asked.generation == self.publishing.generation && self.publishing.is_open() && !self.stopping;
+        for record in records {
+            if !asked
+                .shards
+                .iter()
+                .any(|owned| owned.shard == record.shard && self.leasing.owns(owned.shard, owned.epoch))
+            {
+                continue;
+            }
+            if current {
+                self.take(record);
+            } else {
+                self.reread(record.shard, record.position);
+            }
+        }
+        if empty && !more && current {
+            self.fetching.nothing = true;
+            self.drop_vanished_holds(&asked);
+        }
+        self.pace(empty && !more, now);
+    }
+
+    fn fetch_failed(&mut self, now: Duration) -> Duration {
+        self.fetching.failures = self.fetching.failures.saturating_add(1);
+        let pause = self
+            .setup
+            .config
+            .outage_retry
+            .pause(self.fetching.failures, &mut self.random);
+        self.fetching.next = now + pause;
+        pause
+    }
+
+    /// Reads again at once while there is work, and ever more rarely while there is none.
+    fn pace(&mut self, nothing: bool, now: Duration) {
+        let config = &self.setup.config;
+        if nothing {
+            self.fetching.idle = (self.fetching.idle * 2).clamp(config.poll_busy, config.poll_idle);
+            self.fetching.next = now + self.fetching.idle;
+        } else {
+            self.fetching.idle = Duration::ZERO;
+            self.fetching.next = now;
+        }
+    }
+
+    /// Takes a record in, unless its way is closed by now.
+    fn take(&mut self, mut record: Record) {
+        let (shard, position) = (record.shard, record.position);
+        let key = record.message.order_key();
+        let topic = match &key {
+            Some(key) => key.topic.clone(),
+            None => Arc::from(record.message.topic()),
+        };
+        if self.flights.contains_key(&(shard, position)) {
+            self.note(Note::ContractBroken {
+                who: "reader",
+                what: "returned a record that is in flight",
+            });
+            return;
+        }
+        if self
+            .leasing
+            .owned
+            .get(&shard)
+            .is_none_or(|owned| !owned.is_active())
+        {
+            self.reread(shard, position);
+            return;
+        }
+        if !self.holds.admit_topic(&topic) {
+            // Opening the topic rereads everything.
+            return;
+        }
+        if self.holds.keep_out(shard, position, key.as_ref()) {
+            return;
+        }
+        let in_key = key.as_ref().map_or(0, |key| self.unresolved(shard, key));
+        let serial = self.is_serial();
+        if serial
+            && in_key > SERIAL_WAITING
+            && let Some(key) = &key
+        {
+            self.holds.overflow(shard, key, position);
+            return;
+        }
+        self.holds.taken(&topic, shard, position);
+        record.attempts = self.holds.attempts(shard, position, key.as_ref());
+        let bytes = record.message.size();
+        self.bytes += bytes;
+        if let Some(owned) = self.leasing.owned.get_mut(&shard) {
+            owned.in_flight += 1;
+        }
+        self.flights.insert(
+            (shard, position),
+            Flight {
+                record: record.reference(),
+                topic,
+                key: key.clone(),
+                bytes,
+                attempts: record.attempts,
+                stage: Stage::Ready,
+            },
+        );
+        match key {
+            Some(key) => {
+                let state: &mut KeyFlights = self.keys.entry((shard, key)).or_default();
+                state.unresolved += 1;
+                if serial && in_key > 0 {
+                    state.waiting.push_back(record);
+                } else {
+                    self.publishing.ready.push_back(record);
+                }
+            }
+            None => self.publishing.ready.push_back(record),
+        }
+    }
+
+    /// Sees to it that a dropped record is asked for again.
+    pub(super) fn reread(&mut self, shard: Shard, position: Position) {
+        if let Some(owned) = self.leasing.owned.get_mut(&shard) {
+            owned.reread_from(position);
+        }
+    }
+
+    /// The server is another one: all that is known of positions is void. What the sink has may still be delivered.
+    fn reset(&mut self, now: Duration) {
+        for owned in self.leasing.all() {
+            self.lose(owned.shard, "reset");
+        }
+        self.leasing_now(now);
+    }
+
+    pub(super) fn poll_promote(&mut self, now: Duration) -> Option<Command> {
+        if !self.setup.scheduled
+            || self.fetching.promoting.is_some()
+            || self.stopping
+            || now < self.fetching.promote_next
+        {
+            return None;
+        }
+        let shards = self.leasing.active();
+        if shards.is_empty() {
+            return None;
+        }
+        self.fetching.promoting = Some(shards.clone());
+        Some(Command::Promote { shards })
+    }
+
+    pub(super) fn promote_due(&self) -> Option<Duration> {
+        let runs = self.setup.scheduled
+            && self.fetching.promoting.is_none()
+            && !self.stopping
+            && self.leasing.owned.values().any(super::leasing::Owned::is_active);
+        runs.then_some(self.fetching.promote_next)
+    }
+
+    pub(super) fn promoted(&mut self, result: Result<Promotion>, now: Duration) {
+        let asked = self.fetching.promoting.take().unwrap_or_default();
+        match result {
+            Ok(promotion) => {
+                self.fetching.promote_failures = 0;
+                for shard in promotion.lost {
+                    self.note(Note::Fenced(shard));
+                    let same = |owned: &OwnedShard| self.leasing.owns(owned.shard, owned.epoch);
+                    if asked.iter().any(|owned| owned.shard == shard && same(owned)) {
+                        self.lose(shard, "taken");
+                    }
+                }
+                let pause = promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
+                self.fetching.promote_next = now
+                    + if promotion.promoted > 0 {
+                        self.fetching.wake();
+                        pause
+                    } else {
+                        // What is due and was not promoted waits for its producers.
+                        pause.max(self.setup.config.poll_busy)
+                    };
+            }
+            Err(error) => {
+                self.fetching.promote_failures = self.fetching.promote_failures.saturating_add(1);
+                let pause = PROMOTE_EVERY
+                    + self
+                        .setup
+                        .config
+                        .outage_retry
+                        .pause(self.fetching.promote_failures, &mut self.random);
+                self.fetching.promote_next = now + pause;
+                self.store_failed("promote scheduled messages", error, pause);
+            }
+        }
+    }
+}

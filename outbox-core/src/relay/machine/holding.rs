@@ -1,0 +1,512 @@
+//! What waits: keys and keyless messages, for a retry or an operator.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Machine;
+use super::fetching::Asked;
+use super::reloading::Loading;
+use super::topics::{TopicEntry, TopicState};
+use crate::fetch::{Held, RecordRef, Reread, RereadScope};
+use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
+use crate::message::OrderKey;
+use crate::shard::{Position, Shard};
+use crate::sink::Reason;
+
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    /// What a reader must leave out: always the waiting and parked entries and the held topics below.
+    pub(super) held: Arc<Held>,
+    pub(super) entries: BTreeMap<(Shard, Scope), Entry>,
+    /// The waiting entries by due time.
+    pub(super) queue: BTreeSet<(Duration, Shard, Scope)>,
+    pub(super) topics: BTreeMap<Arc<str>, TopicEntry>,
+    /// In serial mode: keys of which more came than may wait, from the lowest that was dropped. Held as well.
+    pub(super) overflows: BTreeMap<(Shard, OrderKey), Position>,
+    /// The load that is under way.
+    pub(super) loading: Option<Loading>,
+    pub(super) load_next: Duration,
+    pub(super) load_failures: u32,
+    /// Counts loads and settlements, to know which came first.
+    pub(super) moment: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Scope {
+    Key(OrderKey),
+    Message(Position),
+}
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) head: RecordRef,
+    /// Its topic; not known of a keyless message whose note comes from the store.
+    pub(super) topic: Option<Arc<str>>,
+    /// The lowest record of the key that was dropped.
+    pub(super) from: Position,
+    pub(super) attempts: u32,
+    pub(super) state: State,
+    /// Whether the store has, or is about to have, a note of it.
+    pub(super) written: bool,
+    /// Since which moment the store is known to have it.
+    pub(super) durable: Option<u64>,
+    /// Whether its head is done with, so that nothing remains of it once it is released.
+    pub(super) over: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Waiting {
+        due: Duration,
+    },
+    Parked,
+    /// Released in this fetch; its head is wanted, or in flight.
+    Trying {
+        fetch: u64,
+    },
+}
+
+/// How something is to wait.
+#[derive(Debug)]
+pub(super) struct Wait {
+    pub(super) topic: Arc<str>,
+    pub(super) attempts: u32,
+    /// Until when; none is until an operator says so.
+    pub(super) due: Option<Duration>,
+    /// Why, for the durable note; none is no note.
+    pub(super) reason: Option<Reason>,
+}
+
+impl Scope {
+    pub(super) fn of(scope: &HoldScope, head: RecordRef) -> Option<Self> {
+        match scope {
+            HoldScope::Key(key) => Some(Self::Key(key.clone())),
+            HoldScope::Message => Some(Self::Message(head.position)),
+            HoldScope::Topic(_) => None,
+        }
+    }
+
+    pub(super) fn for_store(&self) -> HoldScope {
+        match self {
+            Self::Key(key) => HoldScope::Key(key.clone()),
+            Self::Message(_) => HoldScope::Message,
+        }
+    }
+}
+
+impl Holds {
+    pub(super) fn held(&self) -> Arc<Held> {
+        self.held.clone()
+    }
+
+    /// When the next hold or topic is due.
+    pub(super) fn due(&self) -> Option<Duration> {
+        let topics = self.topics.values().filter_map(|topic| match topic.state {
+            TopicState::Waiting { due } => Some(due),
+            TopicState::Crowded { .. } | TopicState::Probing { .. } => None,
+        });
+        self.queue
+            .first()
+            .map(|(due, ..)| *due)
+            .into_iter()
+            .chain(topics)
+            .min()
+    }
+
+    /// Whether anything waits for time to pass or for an answer, and not for an operator.
+    pub(super) fn any_waiting(&self) -> bool {
+        !self.overflows.is_empty()
+            || self.entries.values().any(|entry| entry.state != State::Parked)
+            || self
+                .topics
+                .values()
+                .any(|topic| matches!(topic.state, TopicState::Probing { .. }))
+    }
+
+    /// Whether a record must be dropped because its key, or it itself, waits. The hold remembers to ask again.
+    pub(super) fn keep_out(&mut self, shard: Shard, position: Position, key: Option<&OrderKey>) -> bool {
+        if !self.overflows.is_empty()
+            && let Some(key) = key
+            && let Some(from) = self.overflows.get_mut(&(shard, key.clone()))
+        {
+            *from = position.min(*from);
+            return true;
+        }
+        if self.entries.is_empty() {
+            return false;
+        }
+        let scope = key.map_or(Scope::Message(position), |key| Scope::Key(key.clone()));
+        match self.entries.get_mut(&(shard, scope)) {
+            Some(entry) if !matches!(entry.state, State::Trying { .. }) => {
+                entry.from = entry.from.min(position);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// How often a record failed before.
+    pub(super) fn attempts(&self, shard: Shard, position: Position, key: Option<&OrderKey>) -> u32 {
+        if self.entries.is_empty() {
+            return 0;
+        }
+        let scope = key.map_or(Scope::Message(position), |key| Scope::Key(key.clone()));
+        self.entries
+            .get(&(shard, scope))
+            .filter(|entry| entry.head.position == position)
+            .map_or(0, |entry| entry.attempts)
+    }
+
+    /// The head of a key that was released and has met no fate yet, and how often it failed before.
+    pub(super) fn tried(&self, shard: Shard, key: Option<&OrderKey>) -> Option<(RecordRef, u32)> {
+        let entry = self.entries.get(&(shard, Scope::Key(key?.clone())))?;
+        Some((entry.head, entry.attempts))
+    }
+
+    /// In serial mode: more of a key came than may wait here.
+    pub(super) fn overflow(&mut self, shard: Shard, key: &OrderKey, position: Position) {
+        Arc::make_mut(&mut self.held).keys.insert((shard, key.clone()));
+        self.overflows.insert((shard, key.clone()), position);
+    }
+
+    /// Whether more of this key came than could wait.
+    pub(super) fn overflowed(&self, key: &(Shard, OrderKey)) -> bool {
+        !self.overflows.is_empty() && self.overflows.contains_key(key)
+    }
+
+    /// Forgets all of a shard.
+    pub(super) fn forget(&mut self, shard: Shard) {
+        let scopes: Vec<(Shard, Scope)> = self
+            .entries
+            .keys()
+            .filter(|(own, _)| *own == shard)
+            .cloned()
+            .collect();
+        for (shard, scope) in scopes {
+            self.remove(shard, &scope);
+        }
+        let held = Arc::make_mut(&mut self.held);
+        self.overflows.retain(|place, _| {
+            let stays = place.0 != shard;
+            if !stays {
+                held.keys.remove(place);
+            }
+            stays
+        });
+        for topic in self.topics.values_mut() {
+            topic.written.remove(&shard);
+            // The probe is gone with its shard: whatever became of it, another record must tell.
+            if let TopicState::Probing {
+                probe: Some((own, _)),
+                ..
+            } = topic.state
+                && own == shard
+            {
+                topic.state = TopicState::Waiting { due: Duration::ZERO };
+            }
+        }
+    }
+
+    /// Lets something wait, in place of what waits there already.
+    pub(super) fn wait(&mut self, shard: Shard, scope: Scope, head: RecordRef, attempts: u32, state: State) {
+        let before = self.remove(shard, &scope);
+        let held = Arc::make_mut(&mut self.held);
+        match &scope {
+            Scope::Key(key) => held.keys.insert((shard, key.clone())),
+            Scope::Message(position) => held.messages.insert((shard, *position)),
+        };
+        if let State::Waiting { due } = state {
+            self.queue.insert((due, shard, scope.clone()));
+        }
+        let topic = match &scope {
+            Scope::Key(key) => Some(key.topic.clone()),
+            Scope::Message(_) => before.as_ref().and_then(|entry| entry.topic.clone()),
+        };
+        let from = before
+            .as_ref()
+            .map_or(head.position, |entry| entry.from.min(head.position));
+        let written = before.as_ref().is_some_and(|entry| entry.written);
+        let durable = before
+            .filter(|entry| entry.head == head)
+            .and_then(|entry| entry.durable);
+        self.entries.insert(
+            (shard, scope),
+            Entry {
+                head,
+                topic,
+                from,
+                attempts,
+                state,
+                written,
+                durable,
+                over: false,
+            },
+        );
+    }
+
+    pub(super) fn remove(&mut self, shard: Shard, scope: &Scope) -> Option<Entry> {
+        let entry = self.entries.remove(&(shard, scope.clone()))?;
+        self.unhold(shard, scope, entry.state);
+        Some(entry)
+    }
+
+    pub(super) fn unhold(&mut self, shard: Shard, scope: &Scope, state: State) {
+        if matches!(state, State::Trying { .. }) {
+            return;
+        }
+        if let State::Waiting { due } = state {
+            self.queue.remove(&(due, shard, scope.clone()));
+        }
+        let held = Arc::make_mut(&mut self.held);
+        match scope {
+            Scope::Key(key) => held.keys.remove(&(shard, key.clone())),
+            Scope::Message(position) => held.messages.remove(&(shard, *position)),
+        };
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_overflows(&self) -> bool {
+        !self.overflows.is_empty()
+    }
+
+    /// Notes which holds a committed settlement has made durable.
+    pub(super) fn committed<'a>(&mut self, puts: impl Iterator<Item = &'a Hold>) {
+        self.moment += 1;
+        for hold in puts {
+            if let Some(scope) = Scope::of(&hold.scope, hold.head)
+                && let Some(entry) = self.entries.get_mut(&(hold.shard, scope))
+                && entry.head == hold.head
+            {
+                entry.durable = Some(self.moment);
+            }
+        }
+    }
+}
+
+impl Machine {
+    /// Lets the key of a failed record, or the keyless record itself, wait.
+    pub(super) fn hold_record(
+        &mut self,
+        shard: Shard,
+        record: RecordRef,
+        key: Option<OrderKey>,
+        wait: Wait,
+        now: Duration,
+    ) {
+        let Wait {
+            topic,
+            attempts,
+            due,
+            reason,
+        } = wait;
+        if let Some(key) = &key {
+            self.drop_key(shard, key);
+        }
+        let scope = key.map_or(Scope::Message(record.position), Scope::Key);
+        let state = due.map_or(State::Parked, |due| State::Waiting { due });
+        self.holds.wait(shard, scope.clone(), record, attempts, state);
+        if let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) {
+            entry.topic = Some(topic);
+            if reason.is_some() {
+                entry.written = true;
+                entry.durable = None;
+            }
+        }
+        if let Some(reason) = reason {
+            let state = match due {
+                Some(due) => HoldState::Retrying {
+                    due_in: due.saturating_sub(now),
+                },
+                None => HoldState::Parked,
+            };
+            self.settle_hold(HoldChange::Put(Hold {
+                shard,
+                scope: scope.for_store(),
+                head: record,
+                attempts,
+                state,
+                reason: reason.as_str().to_owned(),
+            }));
+        }
+        self.relieve_crowd(now);
+    }
+
+    /// Lets a key wait until its head is known to be buried: only then may what follows it be delivered.
+    pub(super) fn hold_for_burial(&mut self, shard: Shard, record: RecordRef, key: OrderKey, now: Duration) {
+        self.drop_key(shard, &key);
+        let scope = Scope::Key(key);
+        self.holds
+            .wait(shard, scope.clone(), record, 0, State::Waiting { due: now });
+        if let Some(entry) = self.holds.entries.get_mut(&(shard, scope)) {
+            entry.over = true;
+        }
+    }
+
+    /// Drops everything of a key that has not left for the sink. Its hold asks for it again.
+    fn drop_key(&mut self, shard: Shard, key: &OrderKey) {
+        if self.unresolved(shard, key) == 0 {
+            return;
+        }
+        let waiting = self
+            .keys
+            .get_mut(&(shard, key.clone()))
+            .map(|state| std::mem::take(&mut state.waiting));
+        for record in waiting.into_iter().flatten() {
+            self.drop_flight(shard, record.position);
+        }
+        let mut dropped = Vec::new();
+        self.publishing.ready.retain(|record| {
+            let stays = record.shard != shard || record.message.order_key().as_ref() != Some(key);
+            if !stays {
+                dropped.push(record.position);
+            }
+            stays
+        });
+        for position in dropped {
+            self.drop_flight(shard, position);
+        }
+    }
+
+    /// The head of a key, or a keyless message, is done with: its hold is over.
+    pub(super) fn end_hold(&mut self, shard: Shard, record: RecordRef, key: Option<&OrderKey>) {
+        if self.holds.entries.is_empty() {
+            return;
+        }
+        let scope = key.map_or(Scope::Message(record.position), |key| Scope::Key(key.clone()));
+        let place = (shard, scope);
+        let Some(entry) = self
+            .holds
+            .entries
+            .get_mut(&place)
+            .filter(|entry| entry.head == record)
+        else {
+            return;
+        };
+        let written = std::mem::take(&mut entry.written);
+        if matches!(entry.state, State::Trying { .. }) {
+            self.holds.entries.remove(&place);
+        } else {
+            // What followed it was dropped, and is still to be read again.
+            entry.over = true;
+            entry.attempts = 0;
+        }
+        if written {
+            self.settle_hold(HoldChange::Clear(HoldRef {
+                shard,
+                scope: place.1.for_store(),
+                head: record,
+            }));
+        }
+    }
+
+    /// Releases what is due, where a fetch is being built, and says what the reader must look at again.
+    pub(super) fn release_due_holds(&mut self, now: Duration) -> Vec<Reread> {
+        let mut reread = Vec::new();
+        let fetch = self.fetching.count;
+        let later = self.look_again(now);
+        let due: Vec<(Duration, Shard, Scope)> = self
+            .holds
+            .queue
+            .iter()
+            .take_while(|(due, ..)| *due <= now)
+            .cloned()
+            .collect();
+        for (due, shard, scope) in due {
+            let unresolved = match &scope {
+                Scope::Key(key) => self.unresolved(shard, key),
+                Scope::Message(_) => 0,
+            };
+            let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) else {
+                continue;
+            };
+            if unresolved > 0 || self.flights.contains_key(&(shard, entry.head.position)) {
+                // The sink still has some of it, or the hold is not written yet and its head would not be read.
+                entry.state = State::Waiting { due: later };
+                self.holds.queue.remove(&(due, shard, scope.clone()));
+                self.holds.queue.insert((later, shard, scope));
+                continue;
+            }
+            let from = entry.from;
+            if entry.over {
+                self.holds.remove(shard, &scope);
+            } else {
+                let state = std::mem::replace(&mut entry.state, State::Trying { fetch });
+                self.holds.unhold(shard, &scope, state);
+            }
+            let scope = match scope {
+                Scope::Key(key) => RereadScope::Key(key),
+                Scope::Message(_) => RereadScope::Message,
+            };
+            reread.push(Reread { shard, scope, from });
+        }
+        self.release_overflows(&mut reread);
+        self.release_due_topics(now, fetch);
+        reread
+    }
+
+    fn release_overflows(&mut self, reread: &mut Vec<Reread>) {
+        let drained: Vec<(Shard, OrderKey)> = self
+            .holds
+            .overflows
+            .keys()
+            .filter(|(shard, key)| self.unresolved(*shard, key) == 0)
+            .cloned()
+            .collect();
+        for (shard, key) in drained {
+            let Some(from) = self.holds.overflows.remove(&(shard, key.clone())) else {
+                continue;
+            };
+            // What waits on its own account goes on waiting, and rereads from there.
+            if self.holds.keep_out(shard, from, Some(&key)) {
+                continue;
+            }
+            Arc::make_mut(&mut self.holds.held)
+                .keys
+                .remove(&(shard, key.clone()));
+            reread.push(Reread {
+                shard,
+                scope: RereadScope::Key(key),
+                from,
+            });
+        }
+    }
+
+    /// Nothing is left to read: whatever was released, was asked for and did not come is gone, taken out by hand.
+    pub(super) fn drop_vanished_holds(&mut self, asked: &Asked) {
+        let answered = self.fetching.count;
+        let vanished: Vec<(Shard, Scope, RecordRef)> = self
+            .holds
+            .entries
+            .iter()
+            .filter(|((shard, _), entry)| {
+                matches!(entry.state, State::Trying { fetch } if fetch <= answered)
+                    && asked.shards.iter().any(|owned| owned.shard == *shard)
+                    && match &entry.topic {
+                        Some(topic) => !asked.held.topics.contains(topic),
+                        // It may be one of those that are held.
+                        None => asked.held.topics.is_empty(),
+                    }
+                    && !self.flights.contains_key(&(*shard, entry.head.position))
+            })
+            .map(|((shard, scope), entry)| (*shard, scope.clone(), entry.head))
+            .collect();
+        for (shard, scope, head) in vanished {
+            let key = match &scope {
+                Scope::Key(key) => Some(key),
+                Scope::Message(_) => None,
+            };
+            self.end_hold(shard, head, key);
+        }
+        let silent: Vec<Arc<str>> = self
+            .holds
+            .topics
+            .iter()
+            .filter(|(_, entry)| matches!(entry.state, TopicState::Probing { fetch, probe: None } if fetch <= answered))
+            .map(|(topic, _)| topic.clone())
+            .collect();
+        for topic in silent {
+            self.free_topic(&topic);
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What became of records, gathered until it is written back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Command, Machine, Note, Stage};
+use crate::error::Result;
+use crate::fetch::RecordRef;
+use crate::hold::HoldChange;
+use crate::settle::{Death, Settled, Settlement, ShardSettlement};
+use crate::shard::{Epoch, Shard};
+
+#[derive(Debug, Default)]
+pub(super) struct Settling {
+    /// What is resolved and not yet on its way.
+    pending: BTreeMap<Shard, ShardSettlement>,
+    /// What is on its way, or was, with an unknown result: it is repeated until it is known.
+    current: Option<Settlement>,
+    busy: bool,
+    next: Duration,
+    failures: u32,
+}
+
+impl Settling {
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending.is_empty() && self.current.is_none()
+    }
+
+    /// Forgets what belongs to a shard that was lost: it is its new owner's to deliver again.
+    pub(super) fn forget(&mut self, shard: Shard) {
+        self.pending.remove(&shard);
+        if let Some(current) = &mut self.current {
+            current.shards.retain(|part| part.shard != shard);
+            // While it is under way its answer must still find it.
+            if current.shards.is_empty() && !self.busy {
+                self.current = None;
+            }
+        }
+    }
+}
+
+fn cleared(change: &HoldChange) -> Option<RecordRef> {
+    match change {
+        HoldChange::Clear(hold) => Some(hold.head),
+        HoldChange::Put(_) => None,
+    }
+}
+
+impl Machine {
+    pub(super) fn settle_delivered(&mut self, shard: Shard, record: RecordRef) {
+        if let Some(part) = self.part(shard) {
+            part.delivered.push(record);
+        }
+    }
+
+    pub(super) fn settle_death(&mut self, shard: Shard, death: Death) {
+        if let Some(part) = self.part(shard) {
+            part.dead.push(death);
+        }
+    }
+
+    pub(super) fn settle_hold(&mut self, change: HoldChange) {
+        let shard = match &change {
+            HoldChange::Put(hold) => hold.shard,
+            HoldChange::Clear(hold) => hold.shard,
+        };
+        if let Some(part) = self.part(shard) {
+            part.holds.push(change);
+        }
+    }
+
+    fn part(&mut self, shard: Shard) -> Option<&mut ShardSettlement> {
+        let epoch: Epoch = self.leasing.owned.get(&shard)?.epoch;
+        Some(
+            self.settling
+                .pending
+                .entry(shard)
+                .or_insert_with(|| ShardSettlement::new(shard, epoch)),
+        )
+    }
+
+    pub(super) fn poll_settle(&mut self, now: Duration) -> Option<Command> {
+        if self.settling.busy || now < self.settling.next {
+            return None;
+        }
+        if self.settling.current.is_none() {
+            self.settling.current = self.gather();
+        }
+        let settlement = self.settling.current.clone()?;
+        self.settling.busy = true;
+        Some(Command::Settle {
+            settlement: Arc::new(settlement),
+        })
+    }
+
+    /// As much of what is pending as may go in one settlement.
+    fn gather(&mut self) -> Option<Settlement> {
+        let mut room = self.setup.config.settle_rows;
+        let mut shards = Vec::new();
+        while room > 0
+            && let Some(mut entry) = self.settling.pending.first_entry()
+        {
+            let part = if entry.get().len() <= room {
+                entry.remove()
+            } else {
+                // Deaths and holds are few and belong together, and a hold is over together with its head: a crash
+                // between the two would forget the attempts. Other deliveries can wait for the next one.
+                let part = entry.get_mut();
+                let heads: BTreeSet<RecordRef> = part.holds.iter().filter_map(cleared).collect();
+                if !heads.is_empty() {
+                    part.delivered.sort_by_key(|record| !heads.contains(record));
+                }
+                let now = room.max(heads.len()).min(part.delivered.len());
+                let rest = part.delivered.split_off(now);
+                let mut first = std::mem::replace(part, ShardSettlement::new(part.shard, part.epoch));
+                part.delivered = rest;
+                if part.is_empty() {
+                    entry.remove();
+                }
+                first.delivered.shrink_to_fit();
+                first
+            };
+            room = room.saturating_sub(part.len());
+            shards.push(part);
+        }
+        (!shards.is_empty()).then(|| Settlement {
+            relay: self.setup.relay.clone(),
+            shards,
+        })
+    }
+
+    pub(super) fn settle_due(&self) -> Option<Duration> {
+        (!self.settling.busy && !self.settling.is_empty()).then_some(self.settling.next)
+    }
+
+    pub(super) fn settled(&mut self, result: Result<Settled>, now: Duration) {
+        self.settling.busy = false;
+        match result {
+            Ok(settled) => {
+                self.settling.failures = 0;
+                let Some(settlement) = self.settling.current.take() else {
+                    return;
+                };
+                self.committed(&settlement, &settled);
+            }
+            Err(error) => {
+                if self
+                    .settling
+                    .current
+                    .as_ref()
+                    .is_some_and(|current| current.shards.is_empty())
+                {
+                    self.settling.current = None;
+                }
+                self.settling.failures = self.settling.failures.saturating_add(1);
+                let pause = self
+                    .setup
+                    .config
+                    .outage_retry
+                    .pause(self.settling.failures, &mut self.random);
+                self.settling.next = now + pause;
+                self.store_failed("settle", error, pause);
+            }
+        }
+    }
+
+    fn committed(&mut self, settlement: &Settlement, settled: &Settled) {
+        for shard in &settled.lost {
+            self.note(Note::Fenced(*shard));
+            // It may be ours again by now, under another epoch; then its part was forgotten when it was lost.
+            if settlement
+                .shards
+                .iter()
+                .any(|part| part.shard == *shard && self.leasing.owns(part.shard, part.epoch))
+            {
+                self.lose(*shard, "taken");
+            }
+        }
+        for part in &settlement.shards {
+            if !self.leasing.owns(part.shard, part.epoch) {
+                continue;
+            }
+            for record in part
+                .delivered
+                .iter()
+                .chain(part.dead.iter().map(|death| &death.record))
+            {
+                self.remove_flight(part.shard, record.position);
+            }
+        }
+        let puts = || {
+            settlement
+                .shards
+                .iter()
+                .flat_map(|part| &part.holds)
+                .filter_map(|change| match change {
+                    HoldChange::Put(hold) => Some(hold),
+                    HoldChange::Clear(_) => None,
+                })
+        };
+        for hold in puts() {
+            // The head may be in flight only because its hold was not written yet. A topic's is not in flight.
+            let place = (hold.shard, hold.head.position);
+            if self
+                .flights
+                .get(&place)
+                .is_some_and(|flight| flight.stage == Stage::Resolved)
+            {
+                self.remove_flight(place.0, place.1);
+            }
+        }
+        self.holds.committed(puts());
+        self.shed_crowded();
+    }
+}

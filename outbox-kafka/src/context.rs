@@ -1,0 +1,159 @@
+//! What librdkafka calls back.
+
+use std::sync::Arc;
+
+use outbox_core::{Outcome, Reason};
+use rdkafka::ClientContext;
+use rdkafka::Message;
+use rdkafka::config::RDKafkaLogLevel as Level;
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{DeliveryResult, ProducerContext};
+use rdkafka::types::RDKafkaErrorCode as Code;
+
+use crate::classify::{Class, classify};
+use crate::config::Redactor;
+use crate::producer::Lane;
+use crate::suspects::Suspects;
+use crate::tracker::{Closing, Telling, Tracker, outcome};
+
+/// The option with which nothing follows a refused batch.
+pub(crate) const GAPLESS: &str = "enable.gapless.guarantee";
+
+pub(crate) struct Context {
+    pub(crate) lane: Lane,
+    pub(crate) suspects: Suspects,
+    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) redactor: Redactor,
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: Level, facility: &str, line: &str) {
+        let line = self.redactor.apply(line);
+        // Some reasons are only logged, such as plain text sent to a port for TLS.
+        if facility == "FAIL" {
+            let reason = line.split_once("]: ").map_or(line.as_str(), |(_, reason)| reason);
+            if reason.contains("APIVERSION_QUERY") {
+                // Cut off at the first word: the usual reason is that the two do not speak the same language.
+                let reason = format!("{reason}; does the port expect TLS, or none?");
+                self.tracker.trouble(Telling::Connection, &reason, false);
+            } else {
+                self.tracker.trouble(Telling::Connection, reason, false);
+            }
+        }
+        // Ours, and meant.
+        let ours = facility == "CONFWARN" && line.contains(GAPLESS)
+            || facility == "FATAL" && line.contains("Gap-less");
+        match level {
+            _ if ours => tracing::debug!(target: "librdkafka", facility, "{line}"),
+            Level::Emerg | Level::Alert | Level::Critical | Level::Error => {
+                tracing::error!(target: "librdkafka", facility, "{line}");
+            }
+            Level::Warning => tracing::warn!(target: "librdkafka", facility, "{line}"),
+            Level::Notice | Level::Info => tracing::info!(target: "librdkafka", facility, "{line}"),
+            Level::Debug => tracing::debug!(target: "librdkafka", facility, "{line}"),
+        }
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        tracing::debug!(target: "librdkafka::stats", "{}", String::from_utf8_lossy(statistics));
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        let Some(code) = error.rdkafka_error_code() else {
+            return;
+        };
+        let reason = self.redactor.apply(reason);
+        tracing::debug!(?code, reason, "the client reports an error");
+        match code {
+            // A refusal in the fast lane comes as a fatal error as well, but nothing is broken but this client.
+            Code::GaplessGuarantee => {
+                if let Some(topic) = refused_topic(&reason) {
+                    self.suspects.add(topic);
+                }
+                self.tracker
+                    .close(Closing::new(Class::Unknown, reason).draining());
+            }
+            Code::Fatal => self.tracker.close(Closing::new(Class::Broken, reason).draining()),
+            Code::Authentication | Code::SaslAuthenticationFailed => {
+                self.tracker.trouble(Telling::Denied, &reason, true);
+            }
+            Code::SSL => self.tracker.trouble(Telling::Certificate, &reason, true),
+            Code::AllBrokersDown => self.tracker.trouble(Telling::Number, &reason, true),
+            _ => self.tracker.trouble(Telling::Connection, &reason, false),
+        }
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
+        let outcome = match result {
+            // The offset may be unknown (-1001): a retry that the broker recognized as such has none.
+            Ok(_) => Outcome::Delivered,
+            Err((error, message)) => self.failure(error, message.topic()),
+        };
+        if self.lane == Lane::Careful {
+            self.tracker.leave_careful();
+        }
+        self.tracker.report(number, outcome);
+    }
+}
+
+impl Context {
+    fn failure(&self, error: &KafkaError, topic: &str) -> Outcome {
+        let code = error.rdkafka_error_code().unwrap_or(Code::Fail);
+        let class = classify(code);
+        let reason = Reason::from(format!("{code} (topic {topic})"));
+        match (class, self.lane) {
+            (Class::Poison, Lane::Careful) => {
+                self.suspects.add(topic);
+                Outcome::Poison(reason)
+            }
+            // It may have been refused for another one's sake; which one, the careful lane will show.
+            (Class::Poison, Lane::Fast) => {
+                self.suspects.add(topic);
+                self.close(Class::Unknown, reason, topic)
+            }
+            (Class::TopicBlocked, lane) => {
+                // Elsewhere it becomes a suspect, if at all, by the fatal error that tells of a refusal.
+                if lane == Lane::Careful {
+                    self.suspects.add(topic);
+                }
+                self.tracker.note_unwritable(topic);
+                Outcome::TopicBlocked(reason)
+            }
+            // What follows must not go before this one has.
+            (Class::Outage | Class::Unknown | Class::Broken, _) => self.close(class, reason, topic),
+        }
+    }
+
+    /// The outcome with which the producer is closed, now or before.
+    fn close(&self, class: Class, reason: Reason, topic: &str) -> Outcome {
+        self.tracker
+            .close(Closing::new(class, reason.as_str()).draining());
+        self.tracker
+            .closing()
+            .map_or_else(|| outcome(class, reason), |closing| closing.outcome(topic))
+    }
+}
+
+/// The topic in librdkafka's sentence about a refusal, which is the only place where it stands.
+fn refused_topic(reason: &str) -> Option<&str> {
+    let (_, rest) = reason.split_once("ProduceRequest for ")?;
+    rest.split_once(" [").map(|(topic, _)| topic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refused_topic_is_found_in_the_sentence() {
+        let reason = "Fatal error: Local: Gap-less ordering would not be guaranteed if proceeding: ProduceRequest for \
+                      orders.v1 [12] with 3 message(s) failed: Broker: Policy violation (broker 1 PID{Id:1,Epoch:0}, \
+                      base seq 0): unable to satisfy gap-less guarantee";
+        assert_eq!(refused_topic(reason), Some("orders.v1"));
+        assert_eq!(refused_topic("something else"), None);
+    }
+}

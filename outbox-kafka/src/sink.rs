@@ -1,0 +1,383 @@
+//! The sink.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use outbox_core::{
+    Error, ErrorKind, Outcome, Parts, Reason, Receipt, Record, Result, Sink, SinkCapabilities, check_topic,
+};
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{BaseRecord, Producer as _};
+use rdkafka::types::RDKafkaErrorCode as Code;
+
+use crate::classify::{Class, classify};
+use crate::config::KafkaConfig;
+use crate::error;
+use crate::headers;
+use crate::producer::{Client, Producer, Recipe};
+use crate::suspects::Suspects;
+use crate::topics::{self, Answers};
+use crate::tracker::{Closing, Phase, Tracker, outcome};
+
+/// Publishes to Kafka.
+///
+/// - Idempotent, every replica in sync acknowledges, and retries are librdkafka's own, in order and without end.
+///   So it never answers [`Outcome::Retry`], and an outage burns no attempts.
+/// - A message that librdkafka or the broker refuses for what it is, is [`Outcome::Poison`]; the key's successors go
+///   on ([`SinkCapabilities::stops_key_at_failure`] is false).
+/// - A topic that is unknown or forbidden is [`Outcome::TopicBlocked`], mostly before anything is sent.
+/// - Silence is an outage: see [`KafkaConfig::outage_after`]. Its reason is what the client said last (wrong password,
+///   unknown certificate, connection refused).
+/// - After an outage, a fatal error or a purge the producer is thrown away and a new one made.
+///
+/// Dropping it does not block; what was not acknowledged by then may or may not have been written.
+///
+/// # Example
+/// ```no_run
+/// use outbox_kafka::{KafkaConfig, KafkaSink};
+///
+/// let sink = KafkaSink::new(&KafkaConfig::new("localhost:9092"))?;
+/// # Ok::<(), outbox_core::Error>(())
+/// ```
+pub struct KafkaSink {
+    recipe: Recipe,
+    request_timeout: Duration,
+    /// The one that takes messages; none after a purge, until somebody needs one.
+    producer: Option<Producer>,
+    /// The one that probes while `producer` is closed and waits for the purge. Becomes `producer` then.
+    spare: Option<Producer>,
+    /// Topics that `producer` may be given messages for without asking.
+    known: HashSet<Arc<str>>,
+}
+
+/// How long [`Sink::purge`] waits for librdkafka's threads, which may be stuck in the system's name resolution.
+const PURGE_LIMIT: Duration = Duration::from_secs(3);
+/// After so many messages others get their turn on the executor.
+const YIELD_AFTER: usize = 256;
+
+/// The configuration has passwords.
+impl fmt::Debug for KafkaSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KafkaSink")
+            .field("producer", &self.producer)
+            .field("known_topics", &self.known.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl KafkaSink {
+    /// A sink for these brokers. Does not wait for a connection.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) when the configuration is refused, by us or by librdkafka, naming the option;
+    /// [`Unsupported`](ErrorKind::Unsupported) when it needs a feature that was not built in.
+    pub fn new(config: &KafkaConfig) -> Result<Self> {
+        let mut sink = Self {
+            recipe: Recipe {
+                config: config.prepare()?,
+                redactor: config.redactor(),
+                suspects: Suspects::default(),
+                silence: config.outage_after,
+                silence_after_error: config.outage_after_error,
+            },
+            request_timeout: config.request_timeout,
+            producer: None,
+            spare: None,
+            known: HashSet::new(),
+        };
+        // A wrong option shows here and not at the first message.
+        sink.producer = Some(Producer::new(&sink.recipe)?);
+        Ok(sink)
+    }
+
+    /// Makes sure that there is a producer, which may be closed.
+    fn ensure_producer(&mut self) -> Result<()> {
+        if self.producer.is_none() {
+            self.known.clear();
+            self.producer = Some(match self.spare.take() {
+                Some(spare) if !spare.tracker.is_closed() => spare,
+                _ => Producer::new(&self.recipe)?,
+            });
+        }
+        Ok(())
+    }
+
+    /// Asks for topics that were not asked for before: those that cannot be written to, with the reason.
+    async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Reason)> {
+        let Some(producer) = &self.producer else {
+            return Vec::new();
+        };
+        for topic in producer.tracker.take_unwritable() {
+            self.known.remove(&topic);
+        }
+        let mut unknown: Vec<Arc<str>> = Vec::new();
+        let mut last: &str = "";
+        for record in batch {
+            let topic = record.message.topic();
+            // Most batches have few topics, and long runs of one.
+            if topic != last
+                && !self.known.contains(topic)
+                && !unknown.iter().any(|other| **other == *topic)
+                && check_topic(topic).is_ok()
+            {
+                unknown.push(topic.into());
+            }
+            last = topic;
+        }
+        if unknown.is_empty() {
+            return Vec::new();
+        }
+        let (client, timeout) = (producer.fast.clone(), self.request_timeout);
+        let asked = tokio::task::spawn_blocking(move || {
+            let answers = topics::ask(&client, &unknown, timeout);
+            (answers, unknown)
+        });
+        let Ok((Answers { topics, error }, unknown)) = asked.await else {
+            return Vec::new();
+        };
+        if let Some(error) = error {
+            tracing::debug!(%error, "topics could not be asked for");
+            if let Some((_, reason)) = producer.tracker.last_trouble() {
+                producer.tracker.close(Closing::new(Class::Outage, reason));
+                return Vec::new();
+            }
+            // Only slow, it seems: librdkafka finds out by itself.
+            self.known.extend(unknown);
+        }
+        let mut blocked = Vec::new();
+        for (topic, answer) in topics {
+            match answer {
+                Some(reason) => blocked.push((topic, reason)),
+                None => {
+                    self.known.insert(topic);
+                }
+            }
+        }
+        blocked
+    }
+}
+
+#[async_trait]
+impl Sink for KafkaSink {
+    fn capabilities(&self) -> SinkCapabilities {
+        SinkCapabilities {
+            name: "kafka",
+            stops_key_at_failure: false,
+        }
+    }
+
+    async fn publish(&mut self, batch: Vec<Record>) -> Receipt {
+        if batch.is_empty() {
+            return Receipt::ready(Vec::new());
+        }
+        if let Err(error) = self.ensure_producer() {
+            return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
+        }
+        let blocked = self.blocked_topics(&batch).await;
+        let Some(producer) = &mut self.producer else {
+            return Receipt::ready(vec![Outcome::Skipped; batch.len()]);
+        };
+        let tracker = producer.tracker.clone();
+        if let Some(closing) = tracker.closing() {
+            // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
+            let outcomes = batch.iter().map(|record| closing.outcome(record.message.topic()));
+            return Receipt::ready(outcomes.collect());
+        }
+        let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
+        let careful = if suspects.is_empty() {
+            None
+        } else {
+            match producer.careful() {
+                Ok(careful) => Some(careful),
+                Err(error) => {
+                    tracker.close(Closing::new(Class::Broken, error.to_string()));
+                    return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
+                }
+            }
+        };
+        let messages = batch.len();
+        let batch: Vec<_> = batch
+            .into_iter()
+            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
+            .collect();
+        let topics = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
+        let (first, outcomes) = tracker.register(topics);
+        for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
+            if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
+                tokio::task::yield_now().await;
+            }
+            if let Some(reason) = refusal(&parts, defect) {
+                tracker.resolve(number, Outcome::Poison(reason));
+                continue;
+            }
+            if let Some((_, reason)) = blocked.iter().find(|(topic, _)| *topic == parts.topic) {
+                tracker.resolve(number, Outcome::TopicBlocked(reason.clone()));
+                continue;
+            }
+            let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
+            if careful.is_some() {
+                tracker.enter_careful();
+            }
+            let client = careful.unwrap_or(&producer.fast);
+            let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
+            if careful.is_some() && !matches!(handed, Handed::Over) {
+                tracker.leave_careful();
+            }
+            match handed {
+                Handed::Over => {}
+                Handed::Refused(outcome) => tracker.resolve(number, outcome),
+                // The rest is resolved with what is being purged.
+                Handed::Closed => break,
+            }
+        }
+        Receipt::pending(async move {
+            outcomes.await.unwrap_or_else(|_| {
+                vec![Outcome::Unknown("the producer ended without a word".into()); messages]
+            })
+        })
+    }
+
+    async fn probe(&mut self) -> Result<()> {
+        self.ensure_producer()?;
+        let usable = |producer: &Option<Producer>| {
+            producer
+                .as_ref()
+                .filter(|producer| !producer.tracker.is_closed())
+                .map(|producer| (producer.fast.clone(), producer.tracker.clone()))
+        };
+        let found = usable(&self.producer).or_else(|| usable(&self.spare));
+        let (client, tracker) = match found {
+            Some(found) => found,
+            None => {
+                let spare = Producer::new(&self.recipe)?;
+                let found = (spare.fast.clone(), spare.tracker.clone());
+                self.spare = Some(spare);
+                found
+            }
+        };
+        // A question about one topic is small; all topics of a cluster may be many.
+        let topic = self.known.iter().next().cloned();
+        let timeout = self.request_timeout;
+        let asked = tokio::task::spawn_blocking(move || {
+            client
+                .client()
+                .fetch_metadata(topic.as_deref(), timeout)
+                .map(drop)
+        });
+        match asked.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(error::request("probe kafka", error, tracker.last_trouble())),
+            Err(error) => Err(Error::new(
+                ErrorKind::Unavailable,
+                "probe kafka",
+                "the runtime is shutting down",
+            )
+            .with_source(error)),
+        }
+    }
+
+    async fn purge(&mut self) {
+        let idle = |producer: &Producer| !producer.tracker.is_closed() && producer.tracker.open() == 0;
+        // Nothing was handed over that could still leave.
+        if self.producer.as_ref().is_some_and(idle) {
+            return;
+        }
+        if let Some(producer) = self.producer.take() {
+            discard(producer, "dropped by the relay").await;
+        }
+    }
+
+    async fn rebuild(&mut self) -> Result<()> {
+        if let Some(producer) = self.producer.take() {
+            discard(producer, "the producer is made anew").await;
+        }
+        self.ensure_producer()
+    }
+}
+
+/// Waits for a producer's end, but not for ever.
+async fn discard(producer: Producer, why: &str) {
+    let tracker = producer.tracker.clone();
+    tracker.close(Closing::new(Class::Unknown, why));
+    if !tracker.reached(Phase::Resolved, PURGE_LIMIT).await {
+        tracing::warn!("the kafka producer does not end; its messages are taken as unknown");
+        tracker.resolve_all();
+    }
+    // Its threads have the last references then, and destroy it.
+    drop(producer);
+    if !tracker.reached(Phase::Gone, PURGE_LIMIT).await {
+        tracing::warn!("the threads of a kafka producer have not ended yet");
+    }
+}
+
+/// What came of handing a message to librdkafka.
+enum Handed {
+    Over,
+    Refused(Outcome),
+    Closed,
+}
+
+/// Hands a message over, waiting while the queue is full.
+async fn hand_over(
+    client: &Client,
+    tracker: &Tracker,
+    parts: &Parts,
+    key_seq: Option<i64>,
+    number: usize,
+) -> Handed {
+    let mut record = BaseRecord {
+        topic: &parts.topic,
+        partition: None,
+        payload: parts.payload.as_deref(),
+        key: parts.key.as_deref(),
+        timestamp: None,
+        headers: Some(headers::outgoing(parts, key_seq)),
+        delivery_opaque: number,
+    };
+    loop {
+        let attempt = tracker.unless_closed(|| match client.send(record) {
+            Ok(()) => Attempt::Sent,
+            Err((KafkaError::MessageProduction(Code::QueueFull), same)) => Attempt::Full(same),
+            Err((error, _)) => Attempt::Failed(error.rdkafka_error_code().unwrap_or(Code::InvalidArgument)),
+        });
+        match attempt {
+            None => return Handed::Closed,
+            Some(Attempt::Sent) => return Handed::Over,
+            // The same record again, before any other: rdkafka's own `send` lets others overtake it here.
+            Some(Attempt::Full(same)) => record = same,
+            Some(Attempt::Failed(code)) => {
+                let class = classify(code);
+                let reason = Reason::from(format!("{code} (topic {})", parts.topic));
+                if class == Class::TopicBlocked {
+                    tracker.note_unwritable(&parts.topic);
+                }
+                if matches!(class, Class::Poison | Class::TopicBlocked) {
+                    return Handed::Refused(outcome(class, reason));
+                }
+                tracker.close(Closing::new(class, reason.as_str()).draining());
+                return Handed::Closed;
+            }
+        }
+        tracker.room().await;
+    }
+}
+
+enum Attempt<'a> {
+    Sent,
+    Full(BaseRecord<'a, [u8], [u8], usize>),
+    Failed(Code),
+}
+
+/// Why a message can never be handed over.
+fn refusal(parts: &Parts, defect: Option<String>) -> Option<Reason> {
+    if let Some(defect) = defect {
+        return Some(defect.into());
+    }
+    if let Err(error) = check_topic(&parts.topic) {
+        return Some(error.to_string().into());
+    }
+    None
+}

@@ -1,0 +1,93 @@
+//! Whether topics can be written to, asked before their first message is handed over.
+//!
+//! librdkafka waits half a minute before it gives up on a topic that does not exist, and keeps the other messages of
+//! the batch from being settled meanwhile; and were the topic made in that time, later messages could overtake those
+//! that were given up.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outbox_core::Reason;
+use rdkafka::error::KafkaError;
+use rdkafka::metadata::MetadataTopic;
+use rdkafka::producer::Producer as _;
+use rdkafka::types::RDKafkaErrorCode as Code;
+
+use crate::classify::{Class, classify};
+use crate::producer::Client;
+
+/// What was found out about topics.
+#[derive(Debug, Default)]
+pub(crate) struct Answers {
+    /// Why a topic cannot be written to; nothing when it can.
+    pub(crate) topics: HashMap<Arc<str>, Option<Reason>>,
+    /// Why not all were answered.
+    pub(crate) error: Option<KafkaError>,
+}
+
+/// From so many on, one question for all topics is cheaper than one each.
+const MANY: usize = 20;
+
+/// Asks the brokers; blocks for at most `timeout`.
+pub(crate) fn ask(client: &Client, topics: &[Arc<str>], timeout: Duration) -> Answers {
+    let end = Instant::now() + timeout;
+    let mut answers = Answers::default();
+    if topics.len() >= MANY {
+        match client.client().fetch_metadata(None, timeout) {
+            Ok(metadata) => {
+                for found in metadata.topics() {
+                    if let Some(topic) = topics.iter().find(|topic| ***topic == *found.name()) {
+                        answers.topics.insert(topic.clone(), verdict(found));
+                    }
+                }
+            }
+            Err(error) => {
+                answers.error = Some(error);
+                return answers;
+            }
+        }
+    }
+    // Also those that the list of all topics does not have: only asked by name does the broker say why, or make them.
+    for topic in topics {
+        if answers.topics.contains_key(topic) {
+            continue;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        match client
+            .client()
+            .fetch_metadata(Some(topic), left.max(Duration::from_millis(1)))
+        {
+            Ok(metadata) => {
+                if let Some(found) = metadata.topics().first() {
+                    answers.topics.insert(topic.clone(), verdict(found));
+                }
+            }
+            Err(error) => {
+                answers.error = Some(error);
+                return answers;
+            }
+        }
+    }
+    answers
+}
+
+fn verdict(topic: &MetadataTopic) -> Option<Reason> {
+    if let Some(error) = topic.error() {
+        let code = Code::from(error);
+        // A topic that is being made has no leader yet: librdkafka waits for it.
+        return (classify(code) == Class::TopicBlocked && code != Code::LeaderNotAvailable)
+            .then(|| Reason::from(format!("{code} (topic {})", topic.name())));
+    }
+    topic
+        .partitions()
+        .iter()
+        .find(|partition| partition.leader() < 0)
+        .map(|partition| {
+            Reason::from(format!(
+                "partition {} has no leader (topic {})",
+                partition.id(),
+                topic.name()
+            ))
+        })
+}

@@ -1,0 +1,138 @@
+//! Against a real broker with TLS, logins and access lists.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "clippy takes only #[test] functions for tests"
+)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Operation, deliver, env, grant, login, new_topic, publish, quick, text, within};
+use outbox_core::{ErrorKind, Outcome, Sink};
+use outbox_kafka::{KafkaConfig, KafkaSink};
+
+/// Messages go nowhere, the reason is told within seconds, and nothing hangs.
+async fn assert_out(config: KafkaConfig, telling: &str, kind: ErrorKind) {
+    let start = Instant::now();
+    let mut sink = KafkaSink::new(&config).unwrap();
+    let outcomes = publish(&mut sink, vec![text("t", "k", "v"); 10]).await;
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(outcomes.len(), 10);
+    for outcome in &outcomes {
+        let Outcome::Outage(reason) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert!(reason.as_str().contains(telling), "{reason}");
+    }
+    within(5, sink.purge()).await;
+    let error = within(10, sink.probe()).await.unwrap_err();
+    assert!(error.to_string().contains(telling), "{error:?}");
+    assert_eq!(error.kind(), kind);
+    let start = Instant::now();
+    drop(sink);
+    assert!(start.elapsed() < Duration::from_millis(100));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_without_grant_is_blocked_until_it_is_granted_while_another_flows() {
+    let (granted, denied) = (new_topic(1, &[]).await, new_topic(1, &[]).await);
+    grant(&granted, Operation::Write);
+    let mut sink = KafkaSink::new(&login()).unwrap();
+    let batch = || vec![text(&denied, "k", "v"), text(&granted, "k", "v")];
+    let mut outcomes = publish(&mut sink, batch()).await;
+    // The broker learns of a grant a little later.
+    for _ in 0..20 {
+        if outcomes[1] == Outcome::Delivered {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        outcomes = publish(&mut sink, batch()).await;
+    }
+    let Outcome::TopicBlocked(reason) = &outcomes[0] else {
+        panic!("{outcomes:?}");
+    };
+    assert!(reason.as_str().contains("authorization failed"), "{reason}");
+    assert_eq!(outcomes[1], Outcome::Delivered);
+    sink.probe().await.unwrap();
+
+    grant(&denied, Operation::Write);
+    for attempt in 0.. {
+        if publish(&mut sink, batch()).await == vec![Outcome::Delivered; 2] {
+            break;
+        }
+        assert!(attempt < 50);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_may_be_seen_but_not_written_is_blocked_while_another_flows() {
+    let (granted, seen) = (new_topic(1, &[]).await, new_topic(1, &[]).await);
+    grant(&granted, Operation::Write);
+    grant(&seen, Operation::Describe);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut sink = KafkaSink::new(&login()).unwrap();
+    let batch: Vec<_> = (0..100)
+        .flat_map(|n| {
+            [
+                text(&seen, "k", n.to_string()),
+                text(&granted, "k", n.to_string()),
+            ]
+        })
+        .collect();
+    let (outcomes, purges) = deliver(&mut sink, batch).await;
+    for pair in outcomes.chunks(2) {
+        assert!(matches!(pair[0], Outcome::TopicBlocked(_)), "{pair:?}");
+        assert_eq!(pair[1], Outcome::Delivered);
+    }
+    assert!(purges <= 1, "{purges}");
+    // Each later attempt is refused for itself.
+    let (outcomes, purges) = deliver(&mut sink, vec![text(&seen, "k", "0"), text(&granted, "k", "v")]).await;
+    assert!(matches!(outcomes[0], Outcome::TopicBlocked(_)), "{outcomes:?}");
+    assert_eq!((&outcomes[1], purges), (&Outcome::Delivered, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_is_an_outage_that_says_so() {
+    assert_out(
+        login().option("sasl.password", "wrong"),
+        "uthentication",
+        ErrorKind::Denied,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_authority_is_an_outage_that_says_so() {
+    // The system's authorities do not know the tests' one.
+    let mut config = login();
+    config.options.remove("ssl.ca.location");
+    assert_out(config, "certificate verify failed", ErrorKind::Unavailable).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_text_to_a_tls_port_is_an_outage() {
+    assert_out(
+        quick(env("OUTBOX_TEST_KAFKA_TLS")),
+        "expect TLS",
+        ErrorKind::Unavailable,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_go_unverified_only_when_the_danger_is_accepted() {
+    let topic = new_topic(1, &[]).await;
+    grant(&topic, Operation::Write);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut config = login();
+    config.options.remove("ssl.ca.location");
+    config.danger_accept_invalid_certificates = true;
+    let mut sink = KafkaSink::new(&config).unwrap();
+    assert_eq!(
+        publish(&mut sink, vec![text(&topic, "k", "v")]).await,
+        [Outcome::Delivered]
+    );
+}

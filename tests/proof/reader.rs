@@ -1,0 +1,91 @@
+//! The reader: takes everything out of a Kafka topic, with a consumer that knows nothing of the outbox.
+//!
+//! Not part of `proof`, which needs no server: a test that has Kafka includes this file beside it.
+#![allow(clippy::unwrap_used, reason = "clippy takes only #[test] functions for tests")]
+
+use std::time::{Duration, Instant};
+
+use outbox::kafka::rdkafka::consumer::{BaseConsumer, Consumer};
+use outbox::kafka::rdkafka::message::{BorrowedMessage, Headers, Message};
+use outbox::kafka::rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::proof::oracle::Arrived;
+
+/// All records of the topic from its beginning up to the ends that it has now, partition by partition.
+pub(crate) fn read_topic(servers: &str, topic: &str) -> Vec<Arrived> {
+    let (consumer, partitions) = consumer(servers, topic);
+    let mut arrived = Vec::new();
+    for partition in partitions {
+        read_partition(&consumer, topic, partition, &mut arrived);
+    }
+    arrived
+}
+
+/// Counts the records that the topic has, each time it is called.
+pub(crate) fn counter(servers: &str, topic: &str) -> impl Fn() -> i64 {
+    let (consumer, partitions) = consumer(servers, topic);
+    let topic = topic.to_owned();
+    let count = move |partition: &i32| {
+        let (begin, end) = consumer.fetch_watermarks(&topic, *partition, PATIENCE).unwrap();
+        end - begin
+    };
+    move || partitions.iter().map(&count).sum()
+}
+
+/// A consumer, and the topic's partitions.
+fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", servers)
+        .set("group.id", "proof")
+        .set("enable.auto.commit", "false")
+        .create()
+        .unwrap();
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+    let partitions = metadata.topics()[0]
+        .partitions()
+        .iter()
+        .map(|partition| partition.id())
+        .collect();
+    (consumer, partitions)
+}
+
+fn read_partition(consumer: &BaseConsumer, topic: &str, partition: i32, arrived: &mut Vec<Arrived>) {
+    let (begin, end) = consumer.fetch_watermarks(topic, partition, PATIENCE).unwrap();
+    let mut assignment = TopicPartitionList::new();
+    assignment
+        .add_partition_offset(topic, partition, Offset::Offset(begin))
+        .unwrap();
+    consumer.assign(&assignment).unwrap();
+    let (mut next, mut progress) = (begin, Instant::now());
+    while next < end {
+        assert!(
+            progress.elapsed() < PATIENCE,
+            "{topic}/{partition} ends at {next}, expected {end}"
+        );
+        if let Some(message) = consumer.poll(Duration::from_millis(100)) {
+            let message = message.unwrap();
+            // What is left of another partition's assignment is not counted twice.
+            if message.partition() == partition {
+                next = message.offset() + 1;
+                arrived.push(record(&message));
+                progress = Instant::now();
+            }
+        }
+    }
+}
+
+fn record(message: &BorrowedMessage<'_>) -> Arrived {
+    let headers = message.headers().into_iter().flat_map(Headers::iter);
+    Arrived {
+        partition: message.partition(),
+        offset: message.offset(),
+        key: message.key().map(<[u8]>::to_vec),
+        payload: message.payload().map(<[u8]>::to_vec),
+        headers: headers
+            .map(|header| (header.key.to_owned(), header.value.unwrap_or_default().to_vec()))
+            .collect(),
+    }
+}
+
+/// How long the broker may be silent.
+const PATIENCE: Duration = Duration::from_secs(30);
