@@ -9,9 +9,9 @@ use super::harness::{StoreHarness, TOPICS};
 use crate::fetch::{FetchRequest, Fetched, Held, InFlight, Record, Reread, RereadScope};
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId};
-use crate::message::{Message, OrderKey};
+use crate::message::{Message, MessageId, OrderKey};
 use crate::settle::{Death, Settled, Settlement, ShardSettlement};
-use crate::shard::{OwnedShard, Position, Shard};
+use crate::shard::{OwnedShard, Position, Shard, shard_of};
 use crate::store::{Capabilities, OutboxStore, Reader};
 
 /// Long enough for no lease to end while a scenario runs.
@@ -113,6 +113,17 @@ impl<H: StoreHarness> Bench<H> {
             "a relay that wants all free shards must get them"
         );
         relay
+    }
+
+    /// Keys of the same shard as `key`, as [`crate::shard_of`] spreads them: so that a cursor of the shard passes by.
+    pub(super) fn neighbours(&self, key: &str, count: usize) -> Vec<String> {
+        let id = MessageId::from_bytes([0; 16]);
+        let shard = |key: &str| shard_of(Some(key.as_bytes()), id, self.can.shards);
+        (0..)
+            .map(|number| format!("near-{number}"))
+            .filter(|near| shard(near) == shard(key))
+            .take(count)
+            .collect()
     }
 
     /// Commits messages until two are on different shards, and fetches all; needs several shards.
@@ -247,8 +258,13 @@ impl Relay {
             if records.is_empty() {
                 return all;
             }
-            all.extend(records);
-            assert!(all.len() < 20_000, "what is in flight must not be returned again");
+            for record in records {
+                assert!(
+                    all.iter().all(|own: &Record| own.position != record.position),
+                    "what is in flight must not be returned again"
+                );
+                all.push(record);
+            }
         }
     }
 
@@ -274,6 +290,9 @@ impl Relay {
 
     /// Settles records as delivered.
     pub(super) async fn deliver(&mut self, records: &[Record]) -> Settled {
+        if records.is_empty() {
+            return Settled::default();
+        }
         let settlement = records
             .iter()
             .fold(self.plan(), |plan, record| plan.delivered(record));

@@ -17,11 +17,13 @@ use crate::dead::DeadLetters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Record;
 use crate::hold::{Hold, HoldChange, HoldState, Parking};
+#[cfg(feature = "conformance")]
+use crate::lease::LeaseTable;
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId, StoreMillis};
 use crate::message::{MessageId, OrderKey};
 use crate::retention::Retention;
 use crate::scheduled::Scheduled;
-use crate::settle::{Settled, Settlement};
+use crate::settle::{Settled, Settlement, ShardSettlement};
 use crate::shard::OwnedShard;
 use crate::store::{Capabilities, Count, OutboxStore, Reader, Stats};
 use crate::wake::WakeUp;
@@ -92,6 +94,54 @@ impl MemoryStore {
             .iter()
             .map(|(position, row)| row.record(*position))
             .collect()
+    }
+
+    /// Writes what was settled of shards whose epochs are held.
+    fn apply(&self, state: &mut State, kept: &[&ShardSettlement], now: SystemTime) -> Result<()> {
+        if !self.inner.config.dead_letters && kept.iter().any(|part| !part.dead.is_empty()) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "settle",
+                "this store keeps no dead letters",
+            ));
+        }
+        for part in kept {
+            for record in &part.delivered {
+                if let Some(row) = state.take(part.shard, *record)
+                    && self.inner.config.archive
+                {
+                    state.processed.insert((now, record.position), row.message);
+                }
+            }
+            for death in &part.dead {
+                state.bury(part.shard, death.record, death.attempts, &death.reason, now);
+            }
+            for change in &part.holds {
+                match change {
+                    HoldChange::Put(hold) => {
+                        let name = hold_name(&hold.reference());
+                        state.holds.insert(name, StoredHold::new(hold.clone(), now));
+                    }
+                    HoldChange::Clear(hold) => {
+                        state.holds.remove(&hold_name(hold));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles without looking at the epochs: for the stores that are broken on purpose.
+    #[cfg(feature = "conformance")]
+    pub(crate) fn settle_unfenced(&self, settlement: &Settlement) -> Result<()> {
+        let parts: Vec<_> = settlement.shards.iter().collect();
+        self.apply(&mut lock(&self.inner.state), &parts, self.now())
+    }
+
+    /// The leases and the time that they go by: for the stores that are broken on purpose.
+    #[cfg(feature = "conformance")]
+    pub(crate) fn with_leases<T>(&self, change: impl FnOnce(&mut LeaseTable, StoreMillis) -> T) -> T {
+        change(&mut lock(&self.inner.state).leases, self.millis())
     }
 
     /// The clock of the leases.
@@ -191,36 +241,7 @@ impl OutboxStore for MemoryStore {
         let mut state = lock(&self.inner.state);
         let held = state.leases.held_by(&settlement.relay, self.millis());
         let (kept, lost) = settlement.fence(&held);
-        if !self.inner.config.dead_letters && kept.iter().any(|part| !part.dead.is_empty()) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "settle",
-                "this store keeps no dead letters",
-            ));
-        }
-        for part in kept {
-            for record in &part.delivered {
-                if let Some(row) = state.take(part.shard, *record)
-                    && self.inner.config.archive
-                {
-                    state.processed.insert((now, record.position), row.message);
-                }
-            }
-            for death in &part.dead {
-                state.bury(part.shard, death.record, death.attempts, &death.reason, now);
-            }
-            for change in &part.holds {
-                match change {
-                    HoldChange::Put(hold) => {
-                        let name = hold_name(&hold.reference());
-                        state.holds.insert(name, StoredHold::new(hold.clone(), now));
-                    }
-                    HoldChange::Clear(hold) => {
-                        state.holds.remove(&hold_name(hold));
-                    }
-                }
-            }
-        }
+        self.apply(&mut state, &kept, now)?;
         Ok(Settled { lost })
     }
 

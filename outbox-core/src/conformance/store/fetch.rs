@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::super::harness::StoreHarness;
-use super::super::kit::{Bench, LONG, eventually, numbered, of_key, sorted, texts};
+use super::super::kit::{Bench, LONG, PATIENCE, numbered, of_key, sorted, texts};
 use crate::fetch::Record;
 use crate::lease::Membership;
 
@@ -324,17 +326,19 @@ pub async fn producers_beside_relay<H: StoreHarness>() {
     }));
     let relay = async {
         let mut seen: Vec<Record> = Vec::new();
-        eventually!(
-            {
-                let records = owner.fetch(5).await.0;
-                owner.deliver(&records).await;
-                seen.extend(records);
-                seen.len() >= producers * PAIRS * 2
-            },
-            "{} of {} messages came: a reader must find what commits while it reads",
-            seen.len(),
-            producers * PAIRS * 2
-        );
+        let start = Instant::now();
+        while seen.len() < producers * PAIRS * 2 {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{} of {} messages came: a reader must find what commits while it reads",
+                seen.len(),
+                producers * PAIRS * 2
+            );
+            let records = owner.fetch(50).await.0;
+            owner.deliver(&records).await;
+            seen.extend(records);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         seen
     };
     let (_, seen) = tokio::join!(produce, relay);

@@ -124,13 +124,15 @@ pub async fn late_commit_with_successor<H: StoreHarness>() {
     let mut owner = bench.owner("owner").await;
     // The producer has locked its aggregate: nobody else enqueues for the key until it commits.
     let late = bench.open(&[bench.keyed("late", "late1")]).await;
-    let others: Vec<_> = (0..20)
-        .map(|number| bench.keyed(&format!("other-{number}"), "other"))
+    let others: Vec<_> = bench
+        .neighbours("late", 8)
+        .iter()
+        .map(|key| bench.keyed(key, "other"))
         .collect();
     bench.commit(&others).await;
     assert_eq!(
         owner.drain().await.len(),
-        20,
+        8,
         "others must flow past an open transaction"
     );
     bench.harness.commit(late).await;
@@ -147,10 +149,8 @@ pub async fn late_commit_without_successor<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;
     let mut owner = bench.owner("owner").await;
     let late = bench.open(&[bench.keyed("late", "late")]).await;
-    for number in 0..5 {
-        bench
-            .commit(&[bench.keyed(&format!("other-{number}"), "other")])
-            .await;
+    for key in bench.neighbours("late", 5) {
+        bench.commit(&[bench.keyed(&key, "other")]).await;
         assert_eq!(
             owner.drain().await.len(),
             1,
@@ -172,11 +172,12 @@ pub async fn commit_below_the_newest<H: StoreHarness>() {
     let mut owner = bench.owner("owner").await;
     bench.commit(&[bench.keyed("warm", "warm")]).await;
     assert_eq!(owner.drain().await.len(), 1);
+    let near = bench.neighbours("second", 1).swap_remove(0);
     let mut first = bench.harness.begin().await;
     let second = bench.open(&[bench.keyed("second", "second")]).await;
     bench
         .harness
-        .enqueue(&mut first, &[bench.keyed("first", "first")])
+        .enqueue(&mut first, &[bench.keyed(&near, "first")])
         .await
         .unwrap();
     bench.harness.commit(first).await;
@@ -195,7 +196,8 @@ pub async fn fresh_store_loses_nothing<H: StoreHarness>() {
     let mut owner = bench.owner("owner").await;
     let first = bench.open(&[bench.keyed("first", "first")]).await;
     assert!(owner.next(10).await.is_empty());
-    bench.commit(&[bench.keyed("second", "second")]).await;
+    let near = bench.neighbours("first", 1).swap_remove(0);
+    bench.commit(&[bench.keyed(&near, "second")]).await;
     assert_eq!(texts(&owner.drain().await), ["second"]);
     bench.harness.commit(first).await;
     assert_eq!(
