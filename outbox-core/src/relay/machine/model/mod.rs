@@ -692,7 +692,6 @@ fn without_faults_each_message_is_delivered_once() {
 
 #[test]
 #[ignore = "a measurement: cargo test --release -p outbox-core --lib what_a_record_costs -- --ignored --nocapture"]
-#[expect(clippy::print_stderr, reason = "it tells what it measured")]
 fn what_a_record_costs() {
     const ROWS: usize = 1_000;
     let mut machine = Machine::new(Setup {
