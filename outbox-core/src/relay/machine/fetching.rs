@@ -157,11 +157,11 @@ impl Machine {
         let current =
             asked.generation == self.publishing.generation && self.publishing.is_open() && !self.stopping;
         for record in records {
-            if !asked
+            // They are in order, and records are many.
+            let owned = asked
                 .shards
-                .iter()
-                .any(|owned| owned.shard == record.shard && self.leasing.owns(owned.shard, owned.epoch))
-            {
+                .binary_search_by_key(&record.shard, |owned| owned.shard);
+            if !owned.is_ok_and(|at| self.leasing.owns(record.shard, asked.shards[at].epoch)) {
                 continue;
             }
             if current {
@@ -231,8 +231,11 @@ impl Machine {
         if self.holds.keep_out(shard, position, key.as_ref()) {
             return;
         }
-        let in_key = key.as_ref().map_or(0, |key| self.unresolved(shard, key));
         let serial = self.is_serial();
+        let in_key = key
+            .as_ref()
+            .filter(|_| serial)
+            .map_or(0, |key| self.unresolved(shard, key));
         if serial
             && in_key > SERIAL_WAITING
             && let Some(key) = &key

@@ -482,11 +482,12 @@ impl Machine {
             .filter(|((shard, _), entry)| {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
                     && asked.shards.iter().any(|owned| owned.shard == *shard)
-                    && match &entry.topic {
-                        Some(topic) => !asked.held.topics.contains(topic),
+                    // Its topic was held, or has been since, and took the head out of flight.
+                    && ![&asked.held, &self.holds.held].iter().any(|held| match &entry.topic {
+                        Some(topic) => held.topics.contains(topic),
                         // It may be one of those that are held.
-                        None => asked.held.topics.is_empty(),
-                    }
+                        None => !held.topics.is_empty(),
+                    })
                     && !self.flights.contains_key(&(*shard, entry.head.position))
             })
             .map(|((shard, scope), entry)| (*shard, scope.clone(), entry.head))

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::holding::{Holds, Scope};
+use super::holding::{Holds, Scope, State};
 use super::reloading::Loading;
 use super::{Machine, Note, Stage};
 use crate::fetch::RecordRef;
@@ -261,9 +261,13 @@ impl Machine {
             .holds
             .entries
             .iter()
-            .filter(|(_, entry)| {
+            .filter(|((shard, _), entry)| {
+                // The fate of a head that is being tried must still find its hold.
+                let tried = matches!(entry.state, State::Trying { .. })
+                    && self.flights.contains_key(&(*shard, entry.head.position));
                 entry.topic.as_ref().is_some_and(is_crowded)
                     && !entry.over
+                    && !tried
                     && (entry.durable.is_some() || !entry.written)
             })
             .map(|(place, _)| place.clone())

@@ -76,6 +76,12 @@ struct World {
     rate_limit: Option<u32>,
     /// More messages of a key at once than a serial relay lets wait.
     bursts: bool,
+    /// Relays live long, so that they get further.
+    sturdy: bool,
+    /// The sink as a whole fails often.
+    shaky: bool,
+    /// Reads take longer than all else.
+    slow_reads: bool,
     /// What happened, when one seed is replayed: to write it down costs more than all the rest.
     trace: Option<Vec<String>>,
     /// How often this and that happened: proof that the model gets there.
@@ -110,6 +116,9 @@ impl World {
             scheduled: random.bool(),
             rate_limit: (random.u8(..4) == 0).then_some(300),
             bursts: random.u8(..4) == 0,
+            sturdy: random.u8(..4) > 0,
+            shaky: random.bool(),
+            slow_reads: random.bool(),
             random,
             trace: std::env::var_os("OUTBOX_SEED").map(|_| Vec::new()),
             reached: BTreeMap::new(),
@@ -312,7 +321,11 @@ impl World {
 
     /// Crashes, stalls, joins, orderly ends, forbidden topics, restarts of the server.
     fn disturb(&mut self) {
-        match self.random.u8(..12) {
+        let what = self.random.u8(..12);
+        if self.sturdy && matches!(what, 0..6 | 9) && !self.chance(15) {
+            return;
+        }
+        match what {
             0..3 if !self.relays.is_empty() => {
                 self.faults += 1;
                 let relay = self.relays.swap_remove(self.random.usize(..self.relays.len()));
@@ -405,6 +418,10 @@ impl World {
             return;
         }
         let event = relay.events.swap_remove(self.random.usize(..relay.events.len()));
+        if self.slow_reads && matches!(event, Event::Fetched { .. }) && self.chance(85) {
+            relay.events.push(event);
+            return;
+        }
         if let Event::Outcomes { batch, .. } = &event {
             relay.sink.open.remove(batch);
         }
@@ -671,4 +688,101 @@ fn without_faults_each_message_is_delivered_once() {
         );
         assert_eq!(world.faults, 0);
     }
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p outbox-core --lib what_a_record_costs -- --ignored --nocapture"]
+fn what_a_record_costs() {
+    const ROWS: usize = 1_000;
+    let mut machine = Machine::new(Setup {
+        relay: RelayId::new("r"),
+        config: RelayConfig::default(),
+        shards: 64,
+        dead_letters: true,
+        scheduled: false,
+        stops_key_at_failure: true,
+        seed: 1,
+    });
+    let now = Duration::from_secs(1);
+    let owned: Vec<_> = (0..64)
+        .map(|shard| crate::OwnedShard {
+            shard: crate::Shard(shard),
+            epoch: crate::Epoch(1),
+        })
+        .collect();
+    let messages: Vec<Message> = (0..ROWS)
+        .map(|n| {
+            Message::builder("t")
+                .key(format!("key-{}", n % 500))
+                .build()
+                .unwrap()
+        })
+        .collect();
+    let (mut position, mut settled, mut spent) = (0_i64, 0_usize, Duration::ZERO);
+    let mut events = Vec::new();
+    while settled < 1_000_000 {
+        let begin = std::time::Instant::now();
+        for event in events.drain(..) {
+            machine.handle(event, now);
+        }
+        let mut commands = Vec::new();
+        while let Some(command) = machine.poll(now) {
+            commands.push(command);
+        }
+        drop(machine.take_notes());
+        spent += begin.elapsed();
+        for command in commands {
+            match command {
+                Command::Lease { .. } => events.push(Event::Leased {
+                    sent: now,
+                    result: Ok(crate::Leases {
+                        held: owned.clone(),
+                        relays: 1,
+                        time_left: Duration::from_secs(3600),
+                    }),
+                }),
+                Command::LoadHolds { .. } => events.push(Event::HoldsLoaded {
+                    result: Ok(Vec::new()),
+                }),
+                Command::Fetch { request } => {
+                    let records = messages[..request.max_rows].iter().map(|message| {
+                        position += 1;
+                        Record {
+                            shard: shard_of(message.key().map(AsRef::as_ref), message.id(), 64),
+                            position: Position(position),
+                            key_seq: None,
+                            attempts: 0,
+                            message: message.clone(),
+                            defect: None,
+                        }
+                    });
+                    events.push(Event::Fetched {
+                        result: Ok(crate::Fetched::Batch {
+                            records: records.collect(),
+                            more: true,
+                        }),
+                    });
+                }
+                Command::Publish { batch, records } => {
+                    events.push(Event::Accepted { batch });
+                    events.push(Event::Outcomes {
+                        batch,
+                        outcomes: Some(vec![crate::Outcome::Delivered; records.len()]),
+                    });
+                }
+                Command::Settle { settlement } => {
+                    settled += settlement
+                        .shards
+                        .iter()
+                        .map(crate::ShardSettlement::len)
+                        .sum::<usize>();
+                    events.push(Event::Settled {
+                        result: Ok(crate::Settled::default()),
+                    });
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    eprintln!("{:?} a record", spent / u32::try_from(settled).unwrap());
 }

@@ -173,7 +173,8 @@ impl World {
         if !self.rough {
             return Outcome::Delivered;
         }
-        match self.random.u8(..100) {
+        let among = if self.shaky { 40 } else { 100 };
+        match self.random.u8(..among) {
             0..4 => Outcome::Poison("poison".into()),
             4..12 if self.stops_key => Outcome::Retry("later".into()),
             12 => Outcome::Outage("down".into()),
