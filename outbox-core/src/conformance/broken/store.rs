@@ -62,6 +62,8 @@ flaws! {
         CursorSurvivesLoss,
         /// Returns nothing twice under one epoch, though it is wanted again.
         RereadIgnored,
+        /// Does not go back for what was held when it passed by, unless it is told to.
+        PassedOverForgotten,
         /// Claims rows and skips those that are claimed, without an order, as `SKIP LOCKED` does.
         RowClaims,
         /// Does not heed holds: what follows a failed message passes it.
