@@ -2,6 +2,11 @@
 //!
 //! Systems take turns within one run, because this machine and yours drift; medians and ranges are printed, with the
 //! settings. Against Kafka the end is read off the topic's end offsets, never off the relay. Nothing is asserted.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a bench prints what it measured"
+)]
 
 use std::fmt::Write as _;
 use std::path::Path;

@@ -105,6 +105,19 @@ impl KafkaSink {
         Ok(())
     }
 
+    /// A producer may close without the relay's having to know: when the refusal that closed it blocked a topic, and all
+    /// else was acknowledged. Nothing has to wait for a purge then.
+    async fn replace_if_nobody_is_concerned(&mut self) {
+        if let Some(producer) = &self.producer
+            && producer.tracker.is_closed()
+            && !producer.tracker.purge_is_due()
+            && producer.tracker.reached(Phase::Resolved, PURGE_LIMIT).await
+            && !producer.tracker.purge_is_due()
+        {
+            self.producer = None;
+        }
+    }
+
     /// Asks for topics that were not asked for before: those that cannot be written to, with the reason.
     async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Reason)> {
         let Some(producer) = &self.producer else {
@@ -173,6 +186,7 @@ impl Sink for KafkaSink {
         if batch.is_empty() {
             return Receipt::ready(Vec::new());
         }
+        self.replace_if_nobody_is_concerned().await;
         if let Err(error) = self.ensure_producer() {
             return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
         }
@@ -183,6 +197,7 @@ impl Sink for KafkaSink {
         let tracker = producer.tracker.clone();
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
+            tracker.make_purge_due();
             let outcomes = batch.iter().map(|record| closing.outcome(record.message.topic()));
             return Receipt::ready(outcomes.collect());
         }
@@ -194,6 +209,7 @@ impl Sink for KafkaSink {
                 Ok(careful) => Some(careful),
                 Err(error) => {
                     tracker.close(Closing::new(Class::Broken, error.to_string()));
+                    tracker.make_purge_due();
                     return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
                 }
             }

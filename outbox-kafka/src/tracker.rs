@@ -99,6 +99,8 @@ struct Table {
     unpurged: usize,
     running: usize,
     closing: Option<Closing>,
+    /// Whether the relay was given an outcome that makes it purge.
+    purge_due: bool,
     trouble: Option<Trouble>,
     /// Topics that turned out to be unwritable since the publisher last looked.
     unwritable: Vec<Arc<str>>,
@@ -158,6 +160,7 @@ impl Tracker {
                 unpurged: 0,
                 running: 0,
                 closing: None,
+                purge_due: false,
                 trouble: None,
                 unwritable: Vec::new(),
             }),
@@ -281,6 +284,16 @@ impl Tracker {
         self.table().closing.clone()
     }
 
+    /// Whether the relay was given an outcome that makes it purge, and will be given no other until it has.
+    pub(crate) fn purge_is_due(&self) -> bool {
+        self.table().purge_due
+    }
+
+    /// The relay is given such an outcome for messages that were not even taken.
+    pub(crate) fn make_purge_due(&self) {
+        self.table().purge_due = true;
+    }
+
     /// Takes no more messages, for the first reason given.
     pub(crate) fn close(&self, closing: Closing) {
         {
@@ -304,6 +317,7 @@ impl Tracker {
     pub(crate) fn resolve_all(&self) {
         let (batches, closing) = {
             let mut table = self.table();
+            table.purge_due |= table.open > 0;
             table.open = 0;
             (std::mem::take(&mut table.batches), table.closing.clone())
         };
@@ -453,6 +467,10 @@ impl Table {
         if slot.is_some() {
             return None;
         }
+        self.purge_due |= matches!(
+            outcome,
+            Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_)
+        );
         *slot = Some(outcome);
         batch.open -= 1;
         let done = batch.open == 0;

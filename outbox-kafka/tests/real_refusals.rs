@@ -48,7 +48,9 @@ async fn one_refused_message_is_poison_alone() {
     // A compacted topic takes no message without a key.
     let compacted = new_topic(1, &[("cleanup.policy", "compact")]).await;
     let other = new_topic(1, &[]).await;
-    let mut sink = KafkaSink::new(&quick(broker())).unwrap();
+    // Small requests, so that successors of the refused one are on their way behind it.
+    let config = quick(broker()).option("batch.num.messages", "20");
+    let mut sink = KafkaSink::new(&config).unwrap();
     let batch: Vec<_> = (0..400)
         .map(|n| match n {
             100 | 300 => record(Message::builder(compacted.as_str()).payload("keyless")),

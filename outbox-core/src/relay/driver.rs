@@ -22,7 +22,7 @@ use crate::fetch::Record;
 use crate::lease::{LeaseRequest, RelayId};
 use crate::shard::Shard;
 use crate::sink::{Receipt, Sink};
-use crate::store::{OutboxStore, Reader, Stats};
+use crate::store::{Count, OutboxStore, Reader, Stats};
 use crate::wake::{WakeUp, Waker};
 
 pub(super) struct Driver {
@@ -48,9 +48,12 @@ pub(super) struct Driver {
     /// When to look at the whole outbox again.
     observe_next: Duration,
     observing: bool,
+    /// When to take old messages out of the archive again.
+    purge_next: Duration,
+    purging: bool,
 }
 
-/// How often the state of the whole outbox is looked at, for metrics, retention and draining.
+/// How often the state of the whole outbox is looked at, for metrics and draining, and the archive for old messages.
 const OBSERVE_EVERY: Duration = Duration::from_secs(10);
 /// The same while draining.
 const DRAIN_LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -66,6 +69,8 @@ enum Done {
     Event(Event),
     Fetched(Option<Box<dyn Reader>>, Event),
     Observed(Option<Stats>),
+    /// How many messages were taken out of the archive.
+    Purged(usize),
 }
 
 impl Driver {
@@ -104,6 +109,8 @@ impl Driver {
             receipts: FuturesUnordered::new(),
             observe_next: Duration::ZERO,
             observing: false,
+            purge_next: Duration::ZERO,
+            purging: false,
         }
     }
 
@@ -124,6 +131,7 @@ impl Driver {
             }
             if last_moment.is_none() {
                 self.observe(now);
+                self.purge_archive(now);
                 if self.drains && self.machine.is_idle() {
                     self.machine.handle(Event::Shutdown, now);
                     last_moment = Some(now + self.config.grace);
@@ -186,11 +194,18 @@ impl Driver {
                 self.observing = false;
                 let Some(stats) = stats else { return };
                 self.observer.stats(&stats);
-                // Other relays may own what is left; then it is theirs to drain, and done when it is gone.
-                if self.drains && stats.backlog.value() == 0 && self.machine.is_empty() {
+                // Other relays may own what is left; then it is theirs to drain, and done when it is gone. An
+                // estimate of nothing proves nothing.
+                if self.drains && stats.backlog == Count::Exact(0) && self.machine.is_empty() {
                     self.drains = false;
-                    self.waker.wake();
                     self.tell(Event::Shutdown);
+                }
+            }
+            Done::Purged(rows) => {
+                self.purging = false;
+                if rows == PURGE_ROWS {
+                    // There is more: it must not come in faster than it goes.
+                    self.purge_next = Duration::ZERO;
                 }
             }
         }
@@ -341,16 +356,9 @@ impl Driver {
             } else {
                 OBSERVE_EVERY
             };
-        let store = self.store.clone();
-        let (limit, age) = (self.config.call_timeout, self.config.retention);
+        let (store, limit) = (self.store.clone(), self.config.call_timeout);
         self.work.push(
             async move {
-                if let Some(retention) = store.retention() {
-                    let purged = within(limit, "purge archive", retention.purge(age, PURGE_ROWS)).await;
-                    if let Err(error) = purged {
-                        tracing::warn!(%error, "the archive could not be purged; the relay goes on");
-                    }
-                }
                 match within(limit, "stats", store.stats()).await {
                     Ok(stats) => Done::Observed(Some(stats)),
                     Err(error) => {
@@ -358,6 +366,35 @@ impl Driver {
                         Done::Observed(None)
                     }
                 }
+            }
+            .boxed(),
+        );
+    }
+
+    /// The same owner takes what is old enough out of the archive, in short transactions, one after the other while
+    /// there is more.
+    fn purge_archive(&mut self, now: Duration) {
+        if self.purging
+            || now < self.purge_next
+            || !self.machine.owns(Shard(0))
+            || self.store.retention().is_none()
+        {
+            return;
+        }
+        self.purging = true;
+        self.purge_next = now + OBSERVE_EVERY;
+        let store = self.store.clone();
+        let (limit, age) = (self.config.call_timeout, self.config.retention);
+        self.work.push(
+            async move {
+                let Some(retention) = store.retention() else {
+                    return Done::Purged(0);
+                };
+                let purged = within(limit, "purge archive", retention.purge(age, PURGE_ROWS)).await;
+                Done::Purged(purged.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the archive could not be purged; the relay goes on");
+                    0
+                }))
             }
             .boxed(),
         );

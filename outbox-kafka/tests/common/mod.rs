@@ -9,8 +9,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Message, MessageBuilder, Outcome, Position, Record, Shard, Sink};
-use outbox_kafka::{KafkaConfig, KafkaSink};
+use outbox_core::{Message, MessageBuilder, Outcome, Parts, Position, Record, Shard, Sink};
+use outbox_kafka::{KafkaConfig, KafkaSink, ReceivedMessage};
 use rdkafka::ClientConfig;
 use rdkafka::Message as _;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -247,4 +247,32 @@ pub fn login() -> KafkaConfig {
         .option("sasl.username", env("OUTBOX_TEST_KAFKA_USER"))
         .option("sasl.password", env("OUTBOX_TEST_KAFKA_PASSWORD"))
         .option("ssl.ca.location", env("OUTBOX_TEST_KAFKA_CA"))
+}
+
+/// A topic's messages as their producers enqueued them.
+pub fn messages(servers: &str, topic: &str) -> Vec<Message> {
+    read_all(servers, topic)
+        .iter()
+        .map(|record| {
+            let received = ReceivedMessage::read(record).unwrap();
+            Message::from_stored(Parts {
+                id: received.id,
+                topic: received.topic.into(),
+                key: received.key,
+                payload: received.payload,
+                headers: received.headers,
+                content_type: received.content_type.map(Into::into),
+                created_at: None,
+                deliver_at: None,
+            })
+        })
+        .collect()
+}
+
+pub fn exists(servers: &str, topic: &str) -> bool {
+    let metadata = admin(servers)
+        .inner()
+        .fetch_metadata(Some(topic), Duration::from_secs(5))
+        .unwrap();
+    !metadata.topics()[0].partitions().is_empty()
 }

@@ -214,3 +214,97 @@ impl Machine {
         self.shed_crowded();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fetch::{Fetched, Record};
+    use crate::lease::{Leases, RelayId};
+    use crate::message::Message;
+    use crate::relay::config::RelayConfig;
+    use crate::relay::machine::{Event, Setup};
+    use crate::shard::{OwnedShard, Position};
+    use crate::sink::Outcome;
+
+    const SHARD: Shard = Shard(0);
+
+    fn leased(sent: Duration, epoch: i64) -> Event {
+        let held = vec![OwnedShard {
+            shard: SHARD,
+            epoch: Epoch(epoch),
+        }];
+        let leases = Leases {
+            held,
+            relays: 1,
+            time_left: Duration::from_secs(10),
+        };
+        Event::Leased {
+            sent,
+            result: Ok(leases),
+        }
+    }
+
+    /// Answers everything but settlements, until nothing is wanted any more.
+    fn run(machine: &mut Machine, now: Duration, epoch: i64, rows: &mut Vec<Record>) {
+        while let Some(command) = machine.poll(now) {
+            let answer = match command {
+                Command::Lease { .. } => leased(now, epoch),
+                Command::LoadHolds { .. } => Event::HoldsLoaded {
+                    result: Ok(Vec::new()),
+                },
+                Command::Fetch { .. } => {
+                    let records = std::mem::take(rows);
+                    Event::Fetched {
+                        result: Ok(Fetched::Batch { records, more: false }),
+                    }
+                }
+                Command::Publish { batch, records } => {
+                    machine.handle(Event::Accepted { batch }, now);
+                    let outcomes = Some(vec![Outcome::Delivered; records.len()]);
+                    Event::Outcomes { batch, outcomes }
+                }
+                _ => continue,
+            };
+            machine.handle(answer, now);
+        }
+    }
+
+    #[test]
+    fn a_refusal_under_an_old_epoch_takes_nothing_of_the_new_one() {
+        let mut machine = Machine::new(Setup {
+            relay: RelayId::new("a"),
+            config: RelayConfig::default(),
+            shards: 1,
+            dead_letters: true,
+            scheduled: false,
+            stops_key_at_failure: true,
+            seed: 0,
+        });
+        let mut rows = vec![Record {
+            shard: SHARD,
+            position: Position(1),
+            key_seq: None,
+            attempts: 0,
+            message: Message::builder("t").key("k").build().unwrap(),
+            defect: None,
+        }];
+        run(&mut machine, Duration::ZERO, 1, &mut rows);
+        assert!(machine.settling.busy, "the delivery is being settled");
+
+        // The lease runs out before the answer, and the shard is gained anew.
+        let later = Duration::from_secs(60);
+        run(&mut machine, later, 2, &mut rows);
+        assert!(machine.leasing.owns(SHARD, Epoch(2)));
+
+        let lost = vec![SHARD];
+        machine.handle(
+            Event::Settled {
+                result: Ok(Settled { lost }),
+            },
+            later,
+        );
+        assert!(machine.leasing.owns(SHARD, Epoch(2)));
+        let fenced = |note: &Note| matches!(note, Note::Fenced(_));
+        assert!(machine.take_notes().iter().any(fenced));
+    }
+}
