@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::store::{Shared, StoreFlaw};
+use super::flaw::StoreFlaw;
+use super::store::Shared;
 use crate::error::Result;
 use crate::fetch::{FetchRequest, Fetched, Held, Record, Reread};
 use crate::memory::MemoryStore;
