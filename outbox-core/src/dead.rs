@@ -50,7 +50,11 @@ impl Default for DeadLetterQuery {
 /// Dead letters as operators see them. All of it is safe beside running relays and beside itself.
 ///
 /// # Contract
-/// - Of two concurrent calls for one dead letter exactly one **MUST** count it (`dead_letter_requeue_once`).
+/// - Of two concurrent calls for one dead letter exactly one **MUST** count it (`dead_letter_requeue_once`,
+///   `dead_letter_discard`).
+/// - A message that is given up **MUST** be here, whole, or still in the outbox: it is never in neither
+///   (`dead_letter_keeps_whole`, `nothing_is_stranded`). It is named by position and id
+///   (`dead_letters_may_share_an_id`), and is found by both (`dead_letter_list_pages`, `dead_letter_list_by_topic`).
 /// - A requeued message **MUST** keep its id, topic, key, payload and headers and gets a new position behind all
 ///   others: it is delivered out of its first order, which consumers must be told (`dead_letter_requeue_whole`).
 #[async_trait]

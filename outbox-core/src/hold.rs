@@ -87,6 +87,12 @@ pub enum HoldChange {
 /// Parked holds as operators see them: the head of a key waits in the outbox until someone decides.
 ///
 /// The relay notices within seconds. All of it is safe beside a running relay.
+///
+/// # Contract
+/// - What is parked, and nothing else, **MUST** be listed, resumed and buried, each once (`parked_is_listed`,
+///   `parked_resumes`, `only_parked_is_resumed`). What is resumed is due now with no attempts, or has no hold.
+/// - What is buried **MUST** be a dead letter, with what the hold knew, and its hold gone, in one transaction
+///   (`parked_is_buried`, `parked_topic_is_not_buried`).
 #[async_trait]
 pub trait Parking: Send + Sync {
     /// At most `limit` parked holds, oldest head first.

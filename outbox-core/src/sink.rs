@@ -13,22 +13,30 @@ use crate::fetch::Record;
 /// Publishes batches of records to a destination.
 ///
 /// # Contract
-/// The words in bold name the scenario of the sink suite that proves the clause.
+/// The names in parentheses are the scenarios of the sink suite that prove the clause.
 ///
 /// - Batches are handed over one after the other; what the sink accepts goes out, **per topic and key, in the order
 ///   it was handed over**, also across batches whose receipts are still open (`order_within_key`,
-///   `order_across_batches`).
-/// - A receipt **MUST** give exactly one outcome a record, in the batch's order (`one_outcome_each`).
+///   `order_across_batches`, `order_under_pressure`), whole and each once (`content_arrives`,
+///   `no_repetition_without_fault`). A receipt that is dropped changes nothing (`dropped_receipt_does_no_harm`).
+/// - A receipt **MUST** give exactly one outcome a record, in the batch's order (`one_outcome_each`,
+///   `outcomes_are_in_order`).
 /// - `Delivered` **MUST** mean durably accepted by the destination (`delivered_is_durable`).
 /// - After `Outage`, `Unknown` or `Broken` none of the key's successors that the sink already has is delivered
 ///   until the relay has called [`purge`](Self::purge); with [`SinkCapabilities::stops_key_at_failure`] neither
-///   after `Poison`, `Retry` and `TopicBlocked`: those successors are `Skipped` (`failure_stops_key`). The sink
+///   after `Poison`, `Retry` and `TopicBlocked`: those successors are `Skipped` (`failure_stops_key`,
+///   `retry_stops_key`, `outage_stops_key`). The sink
 ///   "already has" what was handed over, that is for which `publish` was first polled, before the failure's receipt
 ///   resolved; the relay never begins a hand-over between hearing of a failure and deciding upon it.
-/// - A sink without that capability **MUST NOT** answer `Retry`.
+/// - A sink without that capability **MUST NOT** answer `Retry` (`retry_needs_stopping`).
 /// - After [`purge`](Self::purge) every open receipt **MUST** resolve promptly, and nothing handed over before may
-///   leave the process any more (`purge_resolves_everything`).
-/// - One message that cannot be sent **MUST NOT** harm the others (`poison_is_alone`).
+///   leave the process any more (`purge_resolves_everything`, `purge_of_nothing_does_no_harm`). A publish that was
+///   dropped half-way is over with it (`publish_can_be_dropped`).
+/// - One message that cannot be sent **MUST NOT** harm the others (`poison_is_alone`), nor one topic
+///   (`blocked_topic_lets_others_flow`).
+/// - When nobody can go, no message is to blame, and [`probe`](Self::probe) **MUST** say so at once
+///   (`outage_blames_nobody`). A sink that is `Broken` works again after [`rebuild`](Self::rebuild), and a rebuild
+///   that was not needed does no harm (`broken_is_rebuilt`, `rebuild_does_no_harm`).
 ///
 /// # Cancel safety
 /// `publish` may be dropped half-way; the relay then calls `purge` and takes all of the batch as unknown. The other

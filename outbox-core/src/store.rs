@@ -21,21 +21,47 @@ use crate::wake::WakeUp;
 /// Reads batches, leases shards and records outcomes, all fenced by the shards' epochs.
 ///
 /// # Contract
-/// The words in bold name the scenario of the conformance suite that proves the clause.
+/// The names in parentheses are the scenarios of the conformance suite that prove the clause.
 ///
 /// - A message **MUST** become visible to readers with the commit of its producer's transaction, not before, and
 ///   never after a rollback (`commit_makes_visible`, `rollback_leaves_nothing`, `nothing_visible_before_commit`).
+///   Messages of one transaction keep their order, a call that is refused writes nothing, and large transactions are
+///   like small ones (`transaction_keeps_order`, `refused_call_writes_nothing`, `huge_transaction_flows`).
+/// - What [`Capabilities`] say **MUST** hold, for good; what a store cannot hold it **MUST** refuse at enqueue, with
+///   [`crate::ErrorKind::Unsupported`] or [`crate::ErrorKind::Invalid`], never drop or change it
+///   (`capabilities_are_constant`, `what_cannot_be_held_is_refused`, `scheduled_is_refused_without`,
+///   `deaths_are_refused_without_dead_letters`, `no_archive_without_retention`).
+/// - What it can hold it **MUST** give back as it was, whatever the bytes, whole (`bytes_survive`,
+///   `messages_survive`, `largest_survive`, `headers_survive`, `content_type_survives`, `no_key_is_not_an_empty_key`,
+///   `tombstone_is_not_empty`, `hostile_keys_are_held`), with the database's time and no attempts
+///   (`records_are_fresh`). Ids need not be unique (`ids_need_not_be_unique`).
+/// - Under [`Ordering::Sequenced`] each key **MUST** count its messages from 1, without gaps, in the order of commits
+///   (`sequence_has_no_gaps`, `sequence_counts_by_topic`, `sequence_survives_rollback`, `sequence_is_commit_order`);
+///   nothing else has a number (`keyless_have_no_sequence`), and none is given twice (`sequence_goes_on_after_death`).
 /// - A shard **MUST** have at most one owner; ownership, epochs and expiry are decided by the database's clock
-///   (`lease_is_exclusive`, `lease_expires`, `lease_renews`, `lease_release_frees`). Taking a shard, also one's own
-///   after it expired, **MUST** raise its epoch (`epoch_grows_with_owner`).
+///   (`lease_is_exclusive`, `lease_expires`, `lease_renews`, `lease_release_frees`, `release_needs_epoch`,
+///   `lease_tells_time_left`). Taking a shard, also one's own after it expired or was released, **MUST** raise its
+///   epoch (`epoch_grows_with_owner`). A relay gets what it wants, if it is free, and gives up only what it releases;
+///   members are counted until they leave or expire (`lease_takes_what_is_wanted`, `lease_gives_nothing_up`,
+///   `want_zero_only_joins`, `leases_can_be_shared`, `membership_expires`).
 /// - [`settle`](Self::settle) **MUST** change nothing for a shard whose epoch is no longer held, not even when the
 ///   take-over happens meanwhile, and everything or nothing for each other shard (`settle_is_fenced`,
-///   `settle_is_partial_across_shards`). Repeating a settlement **MUST** change nothing more (`settle_repeats`).
+///   `settle_is_fenced_after_expiry`, `settle_needs_owner`, `settle_excludes_take_over`,
+///   `settle_is_partial_across_shards`). It removes what it names, by shard, position and id, and nothing else
+///   (`settle_removes_delivered`, `settle_takes_any_subset`, `settle_matches_position_and_id`). Repeating a settlement
+///   **MUST** change nothing more, and what is not there (any more) is no error (`settle_repeats`,
+///   `settle_of_nothing`, `settlements_run_side_by_side`).
+/// - A hold **MUST** be kept until it is replaced or cleared, whoever asks, with its attempts as they were put and
+///   the time that is left by the database's clock (`hold_is_durable`, `hold_put_replaces`, `hold_clear_removes`,
+///   `hold_clears_with_delivery`, `hold_due_runs_down`, `holds_are_of_asked_shards`, `keyless_holds_stand_apart`).
+/// - [`stats`](Self::stats) **MUST** tell what is so (`stats_count_backlog`, `stats_tell_age`, `stats_count_holds`,
+///   `stats_tell_leases`), and a hint may come or not but **MUST NOT** hold anybody up (`wake_up_can_be_dropped`).
 /// - No method works row by row; each has a bounded number of round trips, whatever the size of the batch.
 ///
 /// # Cancel safety
 /// Every future **MUST** be safe to drop at any point: no transaction stays open, no connection returns to a pool
-/// in the middle of one, and what was done is done wholly or not at all.
+/// in the middle of one, and what was done is done wholly or not at all. The scenario
+/// `dropped_calls_do_no_harm` tries it.
 ///
 /// # Errors
 /// [`crate::ErrorKind`] decides what the relay does: retryable kinds are retried with backoff; the others as well,
@@ -89,18 +115,31 @@ pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
 ///
 /// # Contract
 /// - **C1** Of each (topic, key), as of one snapshot, the records returned **MUST** be the lowest undelivered visible
-///   ones that are not in flight, in order of position. A key may be left out wholly for now.
-/// - **C2** It **MUST NOT** return what is in flight, held, or of a shard that was not asked for.
+///   ones that are not in flight, in order of position. A key may be left out wholly for now, as long as something
+///   of it is in flight or others are returned (`fetch_orders_within_key`, `fetch_orders_across_fetches`,
+///   `producers_beside_relay`, `random_schedules`, `late_commit_with_successor`, `late_commit_without_successor`,
+///   `commit_below_the_newest`, `fresh_store_loses_nothing`, `rolled_back_gaps_stay_empty`,
+///   `commits_in_reverse_lose_nothing`).
+/// - **C2** It **MUST NOT** return what is in flight, held, or of a shard that was not asked for
+///   (`fetch_leaves_out_in_flight`, `fetch_leaves_out_other_shards`, `hold_stops_key`, `hold_stops_key_of_topic_only`,
+///   `hold_stops_topic`, `hold_stops_message_alone`, `keyless_flow_beside_holds`, `order_survives_retry`).
 /// - **C3** Order between keys is free, but nothing starves: whatever arrives later, and however many records are
-///   held, a record is returned within a number of fetches bounded by the eligible records at its commit.
-/// - **C4** An empty batch with `more == false` **MUST** mean that nothing was eligible in that snapshot.
+///   held, a record is returned within a number of fetches bounded by the eligible records at its commit
+///   (`nothing_starves`, `held_key_lets_others_flow`).
+/// - **C4** An empty batch with `more == false` **MUST** mean that nothing was eligible in that snapshot, keys with
+///   something in flight aside (`empty_batch_means_nothing`).
 /// - **C5** A cursor is for speed only: in memory, per shard **and epoch**, so that it restarts for a shard that was
 ///   lost and regained, even between two fetches. Where it passed over what was held it goes back as soon as that is
-///   not held any more, below the position of a reread, too: only the reader knows what it passed over.
-/// - **C6** `in_flight` is what was read and is not known to be settled; the request's view is the one that counts.
+///   not held any more, below the position of a reread, too: only the reader knows what it passed over
+///   (`regained_shard_restarts`, `regained_shard_goes_on`, `reader_can_be_replaced`, `take_over_rereads`,
+///   `passed_over_comes_back`, `dropped_calls_do_no_harm`). What is wanted again comes again
+///   (`reread_key`, `reread_message`, `reread_shard`).
+/// - **C6** `in_flight` is what was read and is not known to be settled; the request's view is the one that counts
+///   (`unknown_settlement_stays_out`).
 /// - **C7** Memory **MUST NOT** grow with the backlog.
 /// - **C8** When the server's identity changed or its numbers went back, it answers [`Fetched::Reset`].
-/// - At most `max_rows` records; at most `max_bytes` bytes, except that the first record always passes.
+/// - At most `max_rows` records; at most `max_bytes` bytes, except that the first record always passes
+///   (`fetch_keeps_row_limit`, `fetch_keeps_byte_limit`).
 ///
 /// The simple reader is correct by construction: *undelivered rows of my shards, not in flight, not held, oldest
 /// first, limit n, in one statement*. It ignores `reread`. A faster one keeps the same contract.

@@ -36,6 +36,7 @@ macro_rules! __for_each_store_scenario {
             reread::reread_key [Keys];
             reread::reread_message [];
             reread::reread_shard [];
+            reread::passed_over_comes_back [Keys];
             reread::held_key_lets_others_flow [Keys];
             reread::nothing_starves [];
             reread::take_over_rereads [];

@@ -16,9 +16,11 @@
 //! assert!(verdict.is_err());
 //! ```
 
+mod flaw;
 mod reader;
 mod sink;
 mod store;
 
+pub use flaw::StoreFlaw;
 pub use sink::{BrokenSink, SinkFlaw, with_sink_flaw};
-pub use store::{BrokenStore, StoreFlaw, with_store_flaw};
+pub use store::{BrokenStore, with_store_flaw};

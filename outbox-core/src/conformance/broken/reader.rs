@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::store::{Shared, StoreFlaw};
+use super::flaw::StoreFlaw;
+use super::store::Shared;
 use crate::error::Result;
 use crate::fetch::{FetchRequest, Fetched, Held, Record, Reread};
 use crate::memory::MemoryStore;
@@ -61,6 +62,31 @@ impl Reader for FlawedReader {
                         .returned
                         .contains(&(self.name(request, record), record.position))
                 });
+            }
+            StoreFlaw::PassedOverForgotten => {
+                for reread in &request.reread {
+                    self.returned
+                        .retain(|(own, position)| own.shard != reread.shard || *position < reread.from);
+                }
+                records.retain(|record| {
+                    !self
+                        .returned
+                        .contains(&(self.name(request, record), record.position))
+                });
+                let mut all = request.clone();
+                all.held = Arc::new(Held::default());
+                for record in self.eligible(&all).await? {
+                    let key = record.message.order_key();
+                    if request.held.holds(
+                        record.shard,
+                        record.position,
+                        &record.message.topic().into(),
+                        key.as_ref(),
+                    ) {
+                        self.returned
+                            .insert((owned(request, record.shard), record.position));
+                    }
+                }
             }
             StoreFlaw::RowClaims => {
                 let claims = self.shared.claims.lock().unwrap();

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use futures::future::{Either, select};
 use tokio::sync::watch;
 
-use super::store::flaws;
+use super::flaw::flaws;
 use crate::conformance::{SinkFault, SinkHarness, TOPICS};
 use crate::error::Result;
 use crate::fetch::Record;

@@ -77,6 +77,55 @@ pub async fn reread_shard<H: StoreHarness>() {
     }
 }
 
+/// What a reader passed over because it was held comes back as soon as it is not held any more, told or not.
+pub async fn passed_over_comes_back<H: StoreHarness>() {
+    let bench = Bench::<H>::fresh().await;
+    let mut owner = bench.owner("owner").await;
+    bench.commit(&bench.series("a", 3)).await;
+    bench.commit(&[bench.keyless("keyless")]).await;
+    let records = owner.drain_without_settling().await;
+    let head = records
+        .iter()
+        .find(|record| texts(&[(*record).clone()]) == ["a1"]);
+    let head = head.unwrap().clone();
+    let alone = records.iter().find(|record| record.message.key().is_none());
+    let alone = alone.unwrap().clone();
+    owner.heed(&retrying(&head, 1));
+    owner.heed(&retrying(&alone, 1));
+    // The cursor goes on, past what is held and past what is enqueued behind it meanwhile.
+    let near = bench.neighbours("a", 1).swap_remove(0);
+    bench
+        .commit(&[bench.keyed("a", "a4"), bench.keyed(&near, "b1")])
+        .await;
+    assert_eq!(texts(&owner.drain().await), ["b1"]);
+    // An operator let the keyless message go; of the key only what was returned before is asked for again.
+    owner.held = crate::fetch::Held::default();
+    owner.want(&head, RereadScope::Key(order_key(&head)));
+    owner.want(&alone, RereadScope::Message);
+    let back = owner.drain().await;
+    assert_eq!(
+        of_key(&back, "a"),
+        numbered("a", 4),
+        "what was held must come back whole, in order"
+    );
+    assert_eq!(back.len(), 5, "and so must a keyless message");
+
+    // The same for a reader that has never returned it: there is nothing to be told again.
+    bench.commit(&bench.series("c", 2)).await;
+    let head = owner.next(1).await.swap_remove(0);
+    owner.heed(&retrying(&head, 1));
+    owner.reader = owner.store.reader().await.unwrap();
+    let near = bench.neighbours("c", 1).swap_remove(0);
+    bench.commit(&[bench.keyed(&near, "b2")]).await;
+    assert_eq!(texts(&owner.drain().await), ["b2"], "the key is held");
+    owner.held = crate::fetch::Held::default();
+    assert_eq!(
+        texts(&owner.drain().await),
+        numbered("c", 2),
+        "only the reader knows what it passed over: it must go back for it when the key is not held any more"
+    );
+}
+
 /// A key that was held with many records behind it costs others nothing; let go, it comes whole and in order.
 pub async fn held_key_lets_others_flow<H: StoreHarness>() {
     const BEHIND: usize = 1_000;
