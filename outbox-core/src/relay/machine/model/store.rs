@@ -40,6 +40,8 @@ pub(super) struct Store {
     pub(super) undoable_of: Option<RelayId>,
     /// How often the head of a hold had failed when its note was last written.
     pub(super) attempts: BTreeMap<MessageId, u32>,
+    /// What was settled last of each shard: repeated, it must change nothing.
+    pub(super) last: BTreeMap<Shard, ShardSettlement>,
     /// Of these an operator has decided, so that attempts may count from the start at any moment.
     pub(super) operated: BTreeSet<MessageId>,
 }
@@ -123,6 +125,7 @@ impl World {
     }
 
     fn settle_part(&mut self, part: &ShardSettlement, simple: bool) {
+        let repeats = self.store.last.insert(part.shard, part.clone()).as_ref() == Some(part);
         for record in &part.delivered {
             if let Some(row) = self.store.take(*record) {
                 if !self.log.seen.contains(&record.id) {
@@ -141,7 +144,7 @@ impl World {
         }
         for change in &part.holds {
             match change {
-                HoldChange::Put(hold) => self.put_hold(hold),
+                HoldChange::Put(hold) => self.put_hold(hold, repeats),
                 HoldChange::Clear(hold) => {
                     self.store.holds.remove(&name(hold.shard, &hold.scope, hold.head));
                 }
@@ -149,15 +152,10 @@ impl World {
         }
     }
 
-    fn put_hold(&mut self, hold: &Hold) {
+    fn put_hold(&mut self, hold: &Hold, repeats: bool) {
         let name = name(hold.shard, &hold.scope, hold.head);
         if !matches!(hold.scope, HoldScope::Topic(_)) {
-            let again = self
-                .store
-                .holds
-                .get(&name)
-                .is_some_and(|(known, _)| known.head == hold.head && known.attempts == hold.attempts);
-            if !again {
+            if !repeats {
                 self.check_attempts(hold.head, hold.attempts);
             }
             self.store.attempts.insert(hold.head.id, hold.attempts);
