@@ -79,6 +79,12 @@ impl ShardSettlement {
         self.delivered.len() + self.dead.len() + self.holds.len()
     }
 
+    /// Whether it settles deliveries and nothing else.
+    #[must_use]
+    pub fn is_deliveries_only(&self) -> bool {
+        self.dead.is_empty() && self.holds.is_empty()
+    }
+
     /// Whether it changes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {

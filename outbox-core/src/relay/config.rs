@@ -33,7 +33,8 @@ pub struct RelayConfig {
     pub window_rows: usize,
     /// Most bytes that are read and not yet known to be delivered, give or take one read. Default: 16 MiB.
     pub window_bytes: usize,
-    /// Most records in one settlement: short transactions leave room for producers. Default: 1,000.
+    /// Most records in one settlement: short transactions leave room for producers. What belongs to a failure stays
+    /// together even beyond that. Default: 1,000.
     pub settle_rows: usize,
     /// The pause after a read that found nothing, at first. Default: 1 ms.
     pub poll_busy: Duration,

@@ -1,6 +1,6 @@
 //! What became of records, gathered until it is written back.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,13 +37,6 @@ impl Settling {
                 self.current = None;
             }
         }
-    }
-}
-
-fn cleared(change: &HoldChange) -> Option<RecordRef> {
-    match change {
-        HoldChange::Clear(hold) => Some(hold.head),
-        HoldChange::Put(_) => None,
     }
 }
 
@@ -101,24 +94,15 @@ impl Machine {
         while room > 0
             && let Some(mut entry) = self.settling.pending.first_entry()
         {
-            let part = if entry.get().len() <= room {
+            let part = if entry.get().len() <= room || !entry.get().is_deliveries_only() {
+                // What goes with a hold or a death stays together, whatever its size, which the window bounds: a
+                // crash between a hold and what was delivered before its head would forget the head's attempts.
                 entry.remove()
             } else {
-                // Deaths and holds are few and belong together, and a hold is over together with its head: a crash
-                // between the two would forget the attempts. Other deliveries can wait for the next one.
                 let part = entry.get_mut();
-                let heads: BTreeSet<RecordRef> = part.holds.iter().filter_map(cleared).collect();
-                if !heads.is_empty() {
-                    part.delivered.sort_by_key(|record| !heads.contains(record));
-                }
-                let now = room.max(heads.len()).min(part.delivered.len());
-                let rest = part.delivered.split_off(now);
-                let mut first = std::mem::replace(part, ShardSettlement::new(part.shard, part.epoch));
+                let rest = part.delivered.split_off(room);
+                let first = std::mem::replace(part, ShardSettlement::new(part.shard, part.epoch));
                 part.delivered = rest;
-                if part.is_empty() {
-                    entry.remove();
-                }
-                first.delivered.shrink_to_fit();
                 first
             };
             room = room.saturating_sub(part.len());

@@ -262,12 +262,12 @@ impl Machine {
             .entries
             .iter()
             .filter(|((shard, _), entry)| {
-                // The fate of a head that is being tried must still find its hold.
-                let tried = matches!(entry.state, State::Trying { .. })
-                    && self.flights.contains_key(&(*shard, entry.head.position));
+                // The fate of a head that is with the sink must still find its hold, also when what followed it was
+                // dropped and the hold waits again.
+                let in_flight = self.flights.contains_key(&(*shard, entry.head.position));
                 entry.topic.as_ref().is_some_and(is_crowded)
                     && !entry.over
-                    && !tried
+                    && !in_flight
                     && (entry.durable.is_some() || !entry.written)
             })
             .map(|(place, _)| place.clone())
