@@ -351,6 +351,10 @@ impl Machine {
         let Some(flight) = self.drop_flight(shard, position) else {
             return;
         };
+        if !self.holds.admit_topic(&flight.topic) {
+            // Opening the topic rereads everything; a hold of its own would hide the one that the store has.
+            return;
+        }
         if self.holds.keep_out(shard, position, flight.key.as_ref()) {
             return;
         }

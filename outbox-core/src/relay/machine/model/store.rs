@@ -159,6 +159,13 @@ impl World {
                 self.check_attempts(hold.head, hold.attempts);
             }
             self.store.attempts.insert(hold.head.id, hold.attempts);
+            // A key has one note, its head's. A predecessor that comes back after a crash, delivered and not known to
+            // be, and fails, is the head then; the attempts of what was the head before are forgotten.
+            if let Some((before, _)) = self.store.holds.get(&name)
+                && before.head != hold.head
+            {
+                self.store.attempts.remove(&before.head.id);
+            }
         }
         let due = match hold.state {
             HoldState::Retrying { due_in } => Some(self.now + due_in),
@@ -350,13 +357,10 @@ impl Reader {
             passed.retain(|position| match &reread.scope {
                 RereadScope::Shard => *position < reread.from,
                 RereadScope::Message => *position != reread.from,
+                // Also below the position: what came back there while the key was held, only a reader can know.
                 RereadScope::Key(key) => {
-                    *position < reread.from
-                        || rows
-                            .get(position)
-                            .and_then(|row| row.message.order_key())
-                            .as_ref()
-                            != Some(key)
+                    let row = rows.get(position);
+                    row.and_then(|row| row.message.order_key()).as_ref() != Some(key)
                 }
             });
         }
