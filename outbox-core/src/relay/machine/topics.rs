@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::holding::{Holds, Scope, State};
+use super::holding::{Holds, Scope};
 use super::reloading::Loading;
 use super::{Machine, Note, Stage};
 use crate::fetch::RecordRef;
