@@ -30,6 +30,8 @@ pub(super) struct Holds {
     pub(super) load_failures: u32,
     /// Counts loads and settlements, to know which came first.
     pub(super) moment: u64,
+    /// The moment at which notes were last dropped here because the store has them.
+    pub(super) shed_at: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -14,7 +14,7 @@ use crate::shard::{OwnedShard, Shard};
 #[derive(Debug)]
 pub(super) struct Loading {
     pub(super) shards: Vec<OwnedShard>,
-    moment: u64,
+    pub(super) moment: u64,
 }
 
 /// How soon the relay notices that an operator resumed something.

@@ -272,6 +272,9 @@ impl Machine {
             })
             .map(|(place, _)| place.clone())
             .collect();
+        if !shed.is_empty() {
+            self.holds.shed_at = self.holds.moment;
+        }
         for (shard, scope) in shed {
             self.holds.remove(shard, &scope);
         }
@@ -285,11 +288,13 @@ impl Machine {
         loaded: &[Hold],
         now: Duration,
     ) -> BTreeSet<Arc<str>> {
-        let complete = self
-            .leasing
-            .all()
-            .iter()
-            .all(|owned| loading.shards.contains(owned));
+        // What was read before the last notes were shed does not have them.
+        let complete = loading.moment > self.holds.shed_at
+            && self
+                .leasing
+                .all()
+                .iter()
+                .all(|owned| loading.shards.contains(owned));
         let due: Vec<Arc<str>> = self
             .holds
             .topics
