@@ -16,7 +16,7 @@ macro_rules! flaws {
 pub(super) use flaws;
 
 flaws! {
-    /// What is wrong with a [`BrokenStore`].
+    /// What is wrong with a [`BrokenStore`](super::BrokenStore).
     StoreFlaw {
         /// Reads what has a higher position than what was read last; late commits are lost.
         PositionCursor,
