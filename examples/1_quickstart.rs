@@ -35,11 +35,8 @@ async fn main() -> outbox::Result<()> {
         .await?;
 
     for record in sink.delivered() {
-        let payload = record
-            .message
-            .payload()
-            .map(|payload| payload.escape_ascii().to_string());
-        println!("{} {}", record.message.topic(), payload.unwrap_or_default());
+        let payload = record.message.payload().cloned().unwrap_or_default();
+        println!("{} {}", record.message.topic(), String::from_utf8_lossy(&payload));
     }
     Ok(())
 }
