@@ -47,14 +47,14 @@ pub struct KafkaConfig {
     #[serde(deserialize_with = "options")]
     pub options: BTreeMap<String, String>,
     /// After so long without any acknowledgement while messages wait for one, the destination is out. Default: 10 s.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "outbox_core::human::deserialize")]
     pub outage_after: Duration,
     /// The same when the client has already said that no broker can be reached or let us in. Shorter interruptions
     /// are left to librdkafka, which gets over them in order. Default: 2 s.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "outbox_core::human::deserialize")]
     pub outage_after_error: Duration,
     /// How long a probe, or the question whether a topic exists, may take. Default: 5 s.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "outbox_core::human::deserialize")]
     pub request_timeout: Duration,
     /// Accepts any certificate of anybody's and so gives up what TLS is for. Default: false.
     pub danger_accept_invalid_certificates: bool,
@@ -470,13 +470,4 @@ fn options<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String
     let mut flat = BTreeMap::new();
     flatten("", BTreeMap::deserialize(deserializer)?, &mut flat);
     Ok(flat)
-}
-
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map_err(|error| {
-        serde::de::Error::custom(format!(
-            "{text:?} is no duration ({error}), expected for example \"10s\""
-        ))
-    })
 }

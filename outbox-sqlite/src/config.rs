@@ -1,11 +1,9 @@
 //! How an outbox in an SQLite file is configured.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, Limits, Ordering, Result};
+use outbox_core::{Error, ErrorKind, Identifier, Limits, Ordering, Result, human};
 use serde::{Deserialize, Serialize};
 
 /// Where an outbox lives and how it is read and written.
@@ -78,6 +76,7 @@ impl SqliteConfig {
             )
             .with("path", self.path.display()));
         }
+        self.prefix.check_prefix()?;
         if self.busy_timeout > MAX_BUSY_TIMEOUT {
             return Err(Error::new(
                 ErrorKind::Invalid,
@@ -130,116 +129,6 @@ pub enum FetchMode {
     Cursor,
     /// From the start each time: correct by construction, slow behind many held messages.
     Rescan,
-}
-
-/// A name that is safe in SQL text: `[A-Za-z_][A-Za-z0-9_]{0,40}`, not beginning with `sqlite_`. Always quoted all
-/// the same, so that reserved words work.
-///
-/// ```
-/// use outbox_sqlite::Identifier;
-///
-/// assert!(Identifier::new("billing_outbox").is_ok());
-/// assert!(Identifier::new("x\"; DROP TABLE orders; --").is_err());
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Identifier(String);
-
-impl Identifier {
-    /// The longest name, in bytes.
-    pub const MAX_BYTES: usize = 41;
-
-    /// The name, checked.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] naming the name and what is allowed.
-    pub fn new(name: &str) -> Result<Self> {
-        let mut bytes = name.bytes();
-        let first = bytes
-            .next()
-            .is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
-        let legal = first
-            && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-            && name.len() <= Self::MAX_BYTES;
-        // With our suffixes, "sqlite" would make names that SQLite keeps for itself.
-        let taken = name.eq_ignore_ascii_case("sqlite")
-            || name
-                .get(..7)
-                .is_some_and(|start| start.eq_ignore_ascii_case("sqlite_"));
-        if !legal || taken {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "configure",
-                "prefix is [A-Za-z_][A-Za-z0-9_]{0,40} and does not begin with \"sqlite\"",
-            )
-            .with(
-                "prefix",
-                name.chars()
-                    .take(Self::MAX_BYTES)
-                    .collect::<String>()
-                    .escape_debug(),
-            ));
-        }
-        Ok(Self(name.to_owned()))
-    }
-
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl Default for Identifier {
-    fn default() -> Self {
-        Self("outbox".to_owned())
-    }
-}
-
-impl FromStr for Identifier {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::new(name)
-    }
-}
-
-impl TryFrom<String> for Identifier {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self> {
-        Self::new(&name)
-    }
-}
-
-impl From<Identifier> for String {
-    fn from(name: Identifier) -> Self {
-        name.0
-    }
-}
-
-impl fmt::Display for Identifier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Durations as people write them: `5s`, `20ms`.
-mod human {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&humantime::format_duration(*value))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        humantime::parse_duration(&text).map_err(|error| {
-            serde::de::Error::custom(format_args!("{text:?} is no duration ({error}): \"5s\""))
-        })
-    }
 }
 
 #[cfg(test)]

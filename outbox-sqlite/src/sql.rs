@@ -1,8 +1,8 @@
 //! All SQL text. Made once from a validated prefix; nothing of a message ever becomes part of it.
 
-use outbox_core::Ordering;
+use outbox_core::{Identifier, Ordering};
 
-use crate::config::{Identifier, SqliteConfig};
+use crate::config::SqliteConfig;
 
 /// The database's clock in milliseconds since 1970, as SQLite of any age can tell it.
 pub(crate) const NOW: &str = "CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)";

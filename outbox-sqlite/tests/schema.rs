@@ -413,7 +413,7 @@ fn hostile_identifiers_are_refused_or_harmless() {
             assert!(parsed.is_err(), "{name:?}");
             continue;
         };
-        let legal = name.len() <= 41
+        let legal = name.len() <= 63
             && name
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
@@ -424,6 +424,10 @@ fn hostile_identifiers_are_refused_or_harmless() {
             ordering: Ordering::Sequenced,
             ..SqliteConfig::new(&path)
         };
+        if config.prefix.as_str().len() > Identifier::MAX_PREFIX_BYTES {
+            assert_eq!(migrate(&config).unwrap_err().kind(), ErrorKind::Invalid);
+            continue;
+        }
         if let Err(error) = migrate(&config) {
             // "a" has a table of the name that "a_sequence" would have.
             assert_eq!(error.kind(), ErrorKind::Schema, "{name}: {error:?}");
