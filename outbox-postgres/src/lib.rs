@@ -1,0 +1,26 @@
+#![doc = include_str!("../README.md")]
+
+mod config;
+mod cursor;
+mod enqueue;
+mod error;
+mod hold;
+mod inbox;
+mod operate;
+mod reader;
+mod row;
+mod schema;
+mod session;
+mod sql;
+mod store;
+
+pub use config::{FetchMode, PostgresConfig};
+pub use enqueue::{PostgresOutbox, begin};
+pub use inbox::PostgresInbox;
+pub use outbox_core::{Error, ErrorKind, Identifier, Result};
+pub use schema::{Migrated, Role, grant_sql, migrate, migration_sql};
+/// How secrets are wrapped, a type of which is part of this crate's API.
+pub use secrecy;
+/// The driver, whose types are part of this crate's API.
+pub use sqlx;
+pub use store::PostgresStore;

@@ -1,0 +1,216 @@
+//! What operators do: dead letters, parked holds, scheduled delivery, the archive.
+
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use outbox_core::{
+    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message,
+    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard,
+    millis,
+};
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use crate::error::During;
+use crate::hold::{HoldName, read_hold};
+use crate::row::{Rows, limit, number, optional_number, small, span, text, time};
+use crate::sql::Statement;
+use crate::store::{Burial, PostgresStore, bury, epochs, shards};
+
+/// How many rows one transaction of an operator's moves, so that none takes long.
+const CHUNK: usize = 1_000;
+
+impl PostgresStore {
+    /// Does the same to dead letters, some at a time.
+    async fn move_dead(
+        &self,
+        operation: &'static str,
+        statement: &Statement,
+        records: &[RecordRef],
+    ) -> Result<usize> {
+        let mut moved = 0;
+        for chunk in records.chunks(CHUNK) {
+            let (positions, ids): (Vec<i64>, Vec<Uuid>) = chunk
+                .iter()
+                .map(|record| (record.position.0, record.id.as_uuid()))
+                .unzip();
+            let mut session = self.control.open(operation).await?;
+            moved += session
+                .changed(statement.query().bind(positions).bind(ids))
+                .await?;
+            session.finish().await?;
+        }
+        Ok(moved)
+    }
+}
+
+#[async_trait]
+impl DeadLetters for PostgresStore {
+    async fn list(&self, query: &DeadLetterQuery) -> Result<Vec<DeadLetter>> {
+        const DURING: &str = "list dead letters";
+        let (position, id) = match query.after {
+            Some(after) => (after.position.0, after.id.as_uuid()),
+            None => (i64::MIN, Uuid::nil()),
+        };
+        let mut session = self.control.open(DURING).await?;
+        let rows = session
+            .rows(
+                self.sql
+                    .dead_list
+                    .query()
+                    .bind(query.topic.as_deref())
+                    .bind(position)
+                    .bind(id)
+                    .bind(limit(query.limit)),
+            )
+            .await?;
+        session.finish().await?;
+        let mut reading = Rows::default();
+        rows.iter()
+            .map(|row| dead_letter(&mut reading, row).during(DURING))
+            .collect()
+    }
+
+    /// A message that is numbered gets a new number; its old one stays a hole.
+    async fn requeue(&self, records: &[RecordRef]) -> Result<usize> {
+        self.move_dead("requeue", &self.sql.dead_requeue, records).await
+    }
+
+    async fn discard(&self, records: &[RecordRef]) -> Result<usize> {
+        self.move_dead("discard", &self.sql.dead_discard, records).await
+    }
+}
+
+fn dead_letter(reading: &mut Rows, row: &PgRow) -> sqlx::Result<DeadLetter> {
+    let (parts, _) = reading.parts(row, 1)?;
+    Ok(DeadLetter {
+        record: RecordRef {
+            position: Position(number(row, 0)?),
+            id: parts.id,
+        },
+        message: Message::from_stored(parts),
+        key_seq: optional_number(row, 8)?,
+        attempts: u32::try_from(number(row, 9)?).unwrap_or(u32::MAX),
+        reason: text(row, 10)?.unwrap_or_default().to_owned(),
+        died_at: time(row, 11)?.unwrap_or(SystemTime::UNIX_EPOCH),
+    })
+}
+
+#[async_trait]
+impl Parking for PostgresStore {
+    async fn parked(&self, most: usize) -> Result<Vec<Hold>> {
+        let mut session = self.control.open("list parked").await?;
+        let rows = session.rows(self.sql.parked.query().bind(limit(most))).await?;
+        session.finish().await?;
+        rows.iter()
+            .map(|row| read_hold(row).during("list parked"))
+            .collect()
+    }
+
+    async fn resume(&self, hold: &HoldRef) -> Result<bool> {
+        let name = HoldName::new(hold.shard, &hold.scope, hold.head);
+        let mut session = self.control.open("resume").await?;
+        let resumed = session
+            .changed(name.bind(&self.sql.hold_resume, hold.head))
+            .await?;
+        session.finish().await?;
+        Ok(resumed > 0)
+    }
+
+    async fn bury(&self, hold: &HoldRef) -> Result<bool> {
+        const DURING: &str = "bury";
+        if let HoldScope::Topic(topic) = &hold.scope {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                DURING,
+                "a topic is parked for all its messages, not for one that could be buried: resume it",
+            )
+            .with("topic", topic));
+        }
+        let name = HoldName::new(hold.shard, &hold.scope, hold.head);
+        let mut session = self.control.begin(DURING).await?;
+        let parked = session.rows(name.bind(&self.sql.hold_unpark, hold.head)).await?;
+        let Some(row) = parked.first() else {
+            session.finish().await?;
+            return Ok(false);
+        };
+        let burial = Burial {
+            shard: hold.shard,
+            record: hold.head,
+            attempts: u32::try_from(number(row, 0).during(DURING)?).unwrap_or(u32::MAX),
+            reason: text(row, 1).during(DURING)?.unwrap_or_default(),
+        };
+        bury(&mut session, &self.sql, &[burial]).await?;
+        session.finish().await?;
+        Ok(true)
+    }
+}
+
+#[async_trait]
+impl Scheduled for PostgresStore {
+    async fn promote(&self, relay: &RelayId, owned: &[OwnedShard], most: usize) -> Result<Promotion> {
+        const DURING: &str = "promote";
+        let (numbers, numbers_epochs) = epochs(owned);
+        // Most often nothing is due, and that is asked without locking a thing.
+        let mut session = self.control.open(DURING).await?;
+        let next = session
+            .row(self.sql.next_due.query().bind(numbers.clone()))
+            .await?;
+        session.finish().await?;
+        let next_in = span(&next, 0).during(DURING)?;
+
+        let mut session = self.control.begin(DURING).await?;
+        let held = shards(
+            &session
+                .rows(
+                    self.sql
+                        .fence
+                        .query()
+                        .bind(numbers)
+                        .bind(numbers_epochs)
+                        .bind(relay.as_str()),
+                )
+                .await?,
+        )?;
+        let mut promotion = Promotion {
+            promoted: 0,
+            next_in,
+            lost: owned
+                .iter()
+                .map(|owned| owned.shard)
+                .filter(|shard| !held.contains(shard))
+                .collect(),
+        };
+        if next_in == Some(Duration::ZERO) && most > 0 {
+            let kept: Vec<i16> = held.iter().map(|shard: &Shard| small(*shard)).collect();
+            promotion.promoted = session
+                .changed(self.sql.promote.query().bind(kept.clone()).bind(limit(most)))
+                .await?;
+            let next = session.row(self.sql.next_due.query().bind(kept)).await?;
+            promotion.next_in = span(&next, 0).during(DURING)?;
+        }
+        session.finish().await?;
+        Ok(promotion)
+    }
+}
+
+#[async_trait]
+impl Retention for PostgresStore {
+    async fn purge(&self, age: Duration, most: usize) -> Result<usize> {
+        let age = millis(age.min(Duration::from_secs(100 * 366 * 24 * 60 * 60)));
+        let mut purged = 0;
+        while purged < most {
+            let chunk = (most - purged).min(CHUNK);
+            let mut session = self.control.open("purge").await?;
+            let deleted = session
+                .changed(self.sql.purge.query().bind(age).bind(limit(chunk)))
+                .await?;
+            session.finish().await?;
+            purged += deleted;
+            if deleted < chunk {
+                break;
+            }
+        }
+        Ok(purged)
+    }
+}

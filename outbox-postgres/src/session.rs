@@ -1,0 +1,305 @@
+//! Connections, and the one way to use them.
+//!
+//! What was interrupted is never used again. A future of sqlx's that is dropped half-way leaves its connection in the
+//! middle of an answer or, worse, of a transaction that the pool does not know of, into which later writes vanish. So
+//! a session that was not [finished](Session::finish) closes its connection, whatever it was doing; the server then
+//! rolls back.
+
+use std::time::Duration;
+
+use outbox_core::{Error, ErrorKind, Result};
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow, Postgres};
+use sqlx::query::Query;
+use sqlx::{Connection, Executor};
+use tokio::time::timeout;
+
+use crate::config::PostgresConfig;
+use crate::error::During;
+use crate::sql::safe;
+
+/// Settings of the server's that our connections want.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings(Vec<(&'static str, String)>);
+
+impl Settings {
+    /// For leases, for operators and for settlements that wait for the disk, whatever the server's default.
+    pub(crate) fn durable(config: &PostgresConfig) -> Self {
+        Self(vec![
+            (
+                "statement_timeout",
+                config.statement_timeout.as_millis().to_string(),
+            ),
+            ("synchronous_commit", "on".to_owned()),
+        ])
+    }
+
+    /// For settlements. The plan must not depend on how full the table was when it was made, so it is made once, for
+    /// any parameters, and uses the primary key.
+    pub(crate) fn settling(config: &PostgresConfig) -> Self {
+        let durable = config.synchronous_settle || config.pooler;
+        Self(vec![
+            (
+                "statement_timeout",
+                config.statement_timeout.as_millis().to_string(),
+            ),
+            (
+                "synchronous_commit",
+                if durable { "on" } else { "off" }.to_owned(),
+            ),
+        ])
+        .with_index_plans()
+    }
+
+    /// For readers; the same of plans.
+    pub(crate) fn reading(config: &PostgresConfig) -> Self {
+        Self(vec![(
+            "statement_timeout",
+            config.statement_timeout.as_millis().to_string(),
+        )])
+        .with_index_plans()
+    }
+
+    fn with_index_plans(mut self) -> Self {
+        for off in [
+            "enable_seqscan",
+            "enable_bitmapscan",
+            "enable_hashjoin",
+            "enable_mergejoin",
+            "jit",
+        ] {
+            self.0.push((off, "off".to_owned()));
+        }
+        self.0.push(("max_parallel_workers_per_gather", "0".to_owned()));
+        self.0.push(("plan_cache_mode", "force_generic_plan".to_owned()));
+        self
+    }
+
+    /// What begins a transaction that has these settings by itself, for connections that keep none.
+    fn begin(&self) -> String {
+        let settings: String = self
+            .0
+            .iter()
+            .map(|(name, value)| format!("; SET LOCAL {name} = '{value}'"))
+            .collect();
+        format!("BEGIN{settings}")
+    }
+}
+
+/// How to open connections of one kind.
+#[derive(Debug, Clone)]
+pub(crate) struct Opening {
+    settings: Settings,
+    /// Whether connections keep no settings and no prepared statements.
+    pooler: bool,
+    /// How long one call may take as seen from here: longer than the server allows it, for when the server is silent.
+    limit: Duration,
+    connect_timeout: Duration,
+    begin: String,
+}
+
+/// A network that has lost the answer is noticed so much later than the server would have given up.
+const GRACE: Duration = Duration::from_secs(5);
+
+impl Opening {
+    pub(crate) fn new(config: &PostgresConfig, settings: Settings) -> Self {
+        Self {
+            begin: if config.pooler {
+                settings.begin()
+            } else {
+                "BEGIN".to_owned()
+            },
+            settings,
+            pooler: config.pooler,
+            limit: config.statement_timeout.saturating_add(GRACE),
+            connect_timeout: config.connect_timeout,
+        }
+    }
+
+    /// What begins a transaction, where each statement needs one.
+    pub(crate) fn pooled(&self) -> Option<&str> {
+        self.pooler.then_some(&self.begin)
+    }
+
+    /// How long one call may take.
+    pub(crate) const fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    fn options(&self, config: &PostgresConfig) -> Result<PgConnectOptions> {
+        let options = config.options()?;
+        Ok(if self.pooler {
+            options
+        } else {
+            options.options(
+                self.settings
+                    .0
+                    .iter()
+                    .map(|(name, value)| (*name, value.as_str())),
+            )
+        })
+    }
+
+    /// A connection by itself, for a reader.
+    pub(crate) async fn connect(
+        &self,
+        config: &PostgresConfig,
+        operation: &'static str,
+    ) -> Result<PgConnection> {
+        let options = self.options(config)?;
+        within(self.connect_timeout, operation, async {
+            PgConnection::connect_with(&options).await.during(operation)
+        })
+        .await
+    }
+}
+
+/// Connections of one kind, opened when they are needed.
+#[derive(Debug, Clone)]
+pub(crate) struct Sessions {
+    pool: PgPool,
+    opening: Opening,
+}
+
+impl Sessions {
+    /// Opens none yet.
+    pub(crate) fn new(config: &PostgresConfig, settings: Settings, most: u32) -> Result<Self> {
+        let opening = Opening::new(config, settings);
+        let pool = PgPoolOptions::new()
+            .max_connections(most)
+            .acquire_timeout(config.connect_timeout)
+            // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask
+            // each time.
+            .test_before_acquire(false)
+            .connect_lazy_with(opening.options(config)?);
+        Ok(Self { pool, opening })
+    }
+
+    /// A session for single statements, each its own transaction.
+    pub(crate) async fn open(&self, operation: &'static str) -> Result<Session> {
+        let connection = self.pool.acquire().await.during(operation)?;
+        let mut session = Session {
+            connection: Some(connection),
+            operation,
+            limit: self.opening.limit,
+            open: false,
+        };
+        // Behind a pooler only a transaction stays on one connection of the server's.
+        if self.opening.pooler {
+            session.begin(&self.opening.begin).await?;
+        }
+        Ok(session)
+    }
+
+    /// A session that is one transaction, committed when it is finished.
+    pub(crate) async fn begin(&self, operation: &'static str) -> Result<Session> {
+        let mut session = self.open(operation).await?;
+        if !session.open {
+            session.begin(&self.opening.begin).await?;
+        }
+        Ok(session)
+    }
+}
+
+/// A connection that is lent for one operation.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// None once it is given back.
+    connection: Option<PoolConnection<Postgres>>,
+    operation: &'static str,
+    limit: Duration,
+    /// Whether a transaction is open.
+    open: bool,
+}
+
+impl Session {
+    async fn begin(&mut self, text: &str) -> Result<()> {
+        self.open = true;
+        self.run(text.to_owned()).await
+    }
+
+    /// Runs text of ours that has no parameters.
+    pub(crate) async fn run(&mut self, text: String) -> Result<()> {
+        let (limit, operation) = (self.limit, self.operation);
+        let connection = self.lent()?;
+        within(limit, operation, async {
+            connection.execute(safe(text)).await.map(drop).during(operation)
+        })
+        .await
+    }
+
+    /// The rows of a statement.
+    pub(crate) async fn rows(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<Vec<PgRow>> {
+        let (limit, operation) = (self.limit, self.operation);
+        let connection = self.lent()?;
+        within(limit, operation, async {
+            query.fetch_all(connection).await.during(operation)
+        })
+        .await
+    }
+
+    /// The only row of a statement.
+    pub(crate) async fn row(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<PgRow> {
+        let (limit, operation) = (self.limit, self.operation);
+        let connection = self.lent()?;
+        within(limit, operation, async {
+            query.fetch_one(connection).await.during(operation)
+        })
+        .await
+    }
+
+    /// How many rows a statement changed.
+    pub(crate) async fn changed(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<usize> {
+        let (limit, operation) = (self.limit, self.operation);
+        let connection = self.lent()?;
+        within(limit, operation, async {
+            let result = query.execute(connection).await.during(operation)?;
+            Ok(usize::try_from(result.rows_affected()).unwrap_or(usize::MAX))
+        })
+        .await
+    }
+
+    /// Commits what is open, and gives the connection back.
+    pub(crate) async fn finish(mut self) -> Result<()> {
+        if self.open {
+            self.run("COMMIT".to_owned()).await?;
+        }
+        // Back to the pool, in a state that is known.
+        drop(self.connection.take());
+        Ok(())
+    }
+
+    fn lent(&mut self) -> Result<&mut PgConnection> {
+        match &mut self.connection {
+            Some(connection) => Ok(&mut **connection),
+            None => Err(Error::new(
+                ErrorKind::Unexpected,
+                self.operation,
+                "the session is over",
+            )),
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            // Taken out of the pool and closed with its socket.
+            drop(connection.detach());
+        }
+    }
+}
+
+/// Gives up on a server that does not answer.
+pub(crate) async fn within<T>(
+    limit: Duration,
+    operation: &'static str,
+    call: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    timeout(limit, call).await.unwrap_or_else(|_| {
+        Err(
+            Error::new(ErrorKind::Unavailable, operation, "the server does not answer")
+                .with("limit", format!("{limit:?}")),
+        )
+    })
+}

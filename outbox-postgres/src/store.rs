@@ -1,0 +1,442 @@
+//! The store: leases, holds, settlements, readers.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use outbox_core::{
+    Capabilities, Count, DeadLetters, Epoch, Hold, LeaseRequest, LeaseStatus, Leases, Membership,
+    OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result, Retention, Scheduled, Settled,
+    Settlement, Shard, ShardSettlement, Stats, WakeUp, millis,
+};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use crate::config::PostgresConfig;
+use crate::error::During;
+use crate::hold::{HoldChanges, read_hold, storable};
+use crate::reader::PostgresReader;
+use crate::row::{count, number, optional_number, shard, small, span, text};
+use crate::schema::check;
+use crate::session::{Session, Sessions, Settings};
+use crate::sql::{Sql, Statement};
+
+/// An outbox in a PostgreSQL database, as the relay and operators use it.
+///
+/// Cheap to clone. It has connections of its own: some for leases and operators, some for settlements, one for each
+/// reader. None is in a transaction while messages are being published.
+///
+/// ```no_run
+/// use outbox_core::OutboxStore;
+/// use outbox_postgres::{PostgresConfig, PostgresStore, migrate};
+///
+/// # async fn example() -> outbox_postgres::Result<()> {
+/// let config = PostgresConfig::new("postgres://relay:secret@db.example/shop");
+/// migrate(&config).await?;
+/// let store = PostgresStore::connect(config).await?;
+/// assert_eq!(store.stats().await?.backlog.value(), 0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct PostgresStore {
+    pub(crate) config: Arc<PostgresConfig>,
+    pub(crate) sql: Arc<Sql>,
+    /// For leases and operators: their commits wait for the disk.
+    pub(crate) control: Sessions,
+    /// For settlements, which need not.
+    settle: Sessions,
+}
+
+impl PostgresStore {
+    /// Connects to an outbox that [`migrate`](crate::migrate) has made, and checks what the relay rests on.
+    ///
+    /// # Errors
+    /// [`outbox_core::ErrorKind::Schema`] when the outbox is missing, of another version, made with another ordering, or
+    /// altered; `Unsupported` for a server that cannot be used; `Unavailable` for a standby; others as the server gives
+    /// them.
+    pub async fn connect(mut config: PostgresConfig) -> Result<Self> {
+        config.check()?;
+        let sql = Arc::new(Sql::new(&config));
+        let most = config.max_connections / 2;
+        let control = Sessions::new(&config, Settings::durable(&config), config.max_connections - most)?;
+        let settle = Sessions::new(&config, Settings::settling(&config), most)?;
+        config.shards = check(&control, &config).await?;
+        Ok(Self {
+            config: Arc::new(config),
+            sql,
+            control,
+            settle,
+        })
+    }
+
+    /// What deliveries alone need: one statement, fenced.
+    async fn deliver(&self, settlement: &Settlement) -> Result<Vec<Shard>> {
+        let refs = Refs::new(settlement.shards.iter());
+        let mut session = self.settle.open("settle").await?;
+        let rows = session
+            .rows(
+                fenced(&self.sql.deliver, settlement)
+                    .bind(refs.shards)
+                    .bind(refs.positions)
+                    .bind(refs.ids),
+            )
+            .await?;
+        session.finish().await?;
+        shards(&rows)
+    }
+
+    /// Everything, in one transaction.
+    async fn settle_all(&self, settlement: &Settlement) -> Result<Vec<Shard>> {
+        let mut session = self.settle.begin("settle").await?;
+        let held = shards(&session.rows(fenced(&self.sql.fence, settlement)).await?)?;
+        let kept = || settlement.shards.iter().filter(|part| held.contains(&part.shard));
+        if kept().any(|part| !part.delivered.is_empty()) {
+            let refs = Refs::new(kept());
+            let statement = if self.config.archive {
+                &self.sql.archive
+            } else {
+                &self.sql.deliver_in_transaction
+            };
+            session
+                .changed(
+                    statement
+                        .query()
+                        .bind(refs.shards)
+                        .bind(refs.positions)
+                        .bind(refs.ids),
+                )
+                .await?;
+        }
+        let deaths: Vec<Burial<'_>> = kept()
+            .flat_map(|part| {
+                part.dead.iter().map(|death| Burial {
+                    shard: part.shard,
+                    record: death.record,
+                    attempts: death.attempts,
+                    reason: &death.reason,
+                })
+            })
+            .collect();
+        bury(&mut session, &self.sql, &deaths).await?;
+        let mut holds = HoldChanges::default();
+        for part in kept() {
+            part.holds.iter().for_each(|change| holds.add(part.shard, change));
+        }
+        if let Some(clear) = holds.clear(&self.sql) {
+            session.changed(clear).await?;
+        }
+        if let Some(put) = holds.put(&self.sql) {
+            session.changed(put).await?;
+        }
+        session.finish().await?;
+        Ok(held)
+    }
+}
+
+#[async_trait]
+impl OutboxStore for PostgresStore {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            name: "postgres",
+            shards: self.config.shards,
+            ordering: self.config.ordering,
+            keys: true,
+            fixed_topic: None,
+            headers: true,
+            content_types: true,
+            tombstones: true,
+            any_bytes: true,
+            message_ids: true,
+        }
+    }
+
+    async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
+        const DURING: &str = "lease";
+        let (relay, ttl) = (request.relay.as_str(), millis(request.ttl.min(LONGEST)));
+        let mut session = self.control.open(DURING).await?;
+        let renewed = session.row(self.sql.lease.query().bind(relay).bind(ttl)).await?;
+        let relays = number(&renewed, 0).during(DURING)?;
+        let shards: Option<Vec<i16>> = renewed.try_get(1).during(DURING)?;
+        let epochs: Option<Vec<i64>> = renewed.try_get(2).during(DURING)?;
+        let mut held: Vec<OwnedShard> = shards
+            .unwrap_or_default()
+            .into_iter()
+            .zip(epochs.unwrap_or_default())
+            .map(|(shard, epoch)| owned(Shard(shard.unsigned_abs()), epoch))
+            .collect();
+        let lacking = usize::from(request.want).saturating_sub(held.len());
+        if lacking > 0 {
+            let taken = session
+                .rows(
+                    self.sql
+                        .take
+                        .query()
+                        .bind(relay)
+                        .bind(ttl)
+                        .bind(crate::row::limit(lacking)),
+                )
+                .await?;
+            for row in &taken {
+                held.push(owned(
+                    shard(row, 0).during(DURING)?,
+                    number(row, 1).during(DURING)?,
+                ));
+            }
+        }
+        session.finish().await?;
+        held.sort_unstable();
+        Ok(Leases {
+            held,
+            relays: u16::try_from(relays).unwrap_or(u16::MAX),
+            time_left: request.ttl,
+        })
+    }
+
+    async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()> {
+        let (numbers, epochs) = epochs(shards);
+        let mut session = self.control.begin("release").await?;
+        session
+            .changed(
+                self.sql
+                    .release
+                    .query()
+                    .bind(numbers)
+                    .bind(epochs)
+                    .bind(relay.as_str()),
+            )
+            .await?;
+        if membership == Membership::Leaves {
+            session
+                .changed(self.sql.leave.query().bind(relay.as_str()))
+                .await?;
+        }
+        session.finish().await
+    }
+
+    async fn holds(&self, shards: &[OwnedShard]) -> Result<Vec<Hold>> {
+        let (numbers, _) = epochs(shards);
+        let mut session = self.control.open("holds").await?;
+        let rows = session.rows(self.sql.holds.query().bind(numbers)).await?;
+        session.finish().await?;
+        rows.iter().map(|row| read_hold(row).during("holds")).collect()
+    }
+
+    async fn reader(&self) -> Result<Box<dyn Reader>> {
+        Ok(Box::new(PostgresReader::connect(&self.config, &self.sql).await?))
+    }
+
+    async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
+        let simple =
+            !self.config.archive && settlement.shards.iter().all(ShardSettlement::is_deliveries_only);
+        let held = if simple {
+            self.deliver(settlement).await?
+        } else {
+            self.settle_all(settlement).await?
+        };
+        Ok(Settled {
+            lost: settlement
+                .shards
+                .iter()
+                .map(|part| part.shard)
+                .filter(|shard| !held.contains(shard))
+                .collect(),
+        })
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        const DURING: &str = "stats";
+        let mut session = self.control.open(DURING).await?;
+        let sql = &self.sql;
+        let backlog = bounded(&mut session, &sql.backlog).await?;
+        let processed = bounded(&mut session, &sql.processed_count).await?;
+        let oldest = session.row(sql.oldest.query()).await?;
+        let holds = session.row(sql.hold_counts.query()).await?;
+        let counts = session.row(sql.counts.query()).await?;
+        let leases = session.rows(sql.leases.query()).await?;
+        let relays = session.rows(sql.relays.query()).await?;
+        session.finish().await?;
+        Ok(Stats {
+            backlog,
+            oldest_age: span(&oldest, 0).during(DURING)?,
+            retrying: count(&holds, 0).during(DURING)?,
+            parked: count(&holds, 1).during(DURING)?,
+            dead: count(&counts, 0).during(DURING)?,
+            scheduled: count(&counts, 1).during(DURING)?,
+            processed,
+            leases: leases
+                .iter()
+                .map(lease_status)
+                .collect::<sqlx::Result<_>>()
+                .during(DURING)?,
+            relays: relays
+                .iter()
+                .map(|row| Ok(RelayId::new(text(row, 0)?.unwrap_or_default())))
+                .collect::<sqlx::Result<_>>()
+                .during(DURING)?,
+        })
+    }
+
+    fn dead_letters(&self) -> Option<&dyn DeadLetters> {
+        Some(self)
+    }
+
+    fn scheduled(&self) -> Option<&dyn Scheduled> {
+        Some(self)
+    }
+
+    fn retention(&self) -> Option<&dyn Retention> {
+        self.config.archive.then_some(self)
+    }
+
+    fn parking(&self) -> Option<&dyn Parking> {
+        Some(self)
+    }
+
+    /// None: polling costs the server nothing by comparison, and a notification would cost each producer a lock.
+    fn wake_up(&self) -> Option<Box<dyn WakeUp>> {
+        None
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A lease longer than that overflows the server's times.
+const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+
+const fn owned(shard: Shard, epoch: i64) -> OwnedShard {
+    OwnedShard {
+        shard,
+        epoch: Epoch(epoch),
+    }
+}
+
+/// Shards and their epochs as arrays.
+pub(crate) fn epochs(shards: &[OwnedShard]) -> (Vec<i16>, Vec<i64>) {
+    shards
+        .iter()
+        .map(|owned| (small(owned.shard), owned.epoch.0))
+        .unzip()
+}
+
+/// A statement whose first parameters are the fence.
+fn fenced<'q>(
+    statement: &Statement,
+    settlement: &Settlement,
+) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
+    let (shards, epochs): (Vec<i16>, Vec<i64>) = settlement
+        .shards
+        .iter()
+        .map(|part| (small(part.shard), part.epoch.0))
+        .unzip();
+    statement
+        .query()
+        .bind(shards)
+        .bind(epochs)
+        .bind(settlement.relay.as_str().to_owned())
+}
+
+/// The first column of rows, as shards.
+pub(crate) fn shards(rows: &[PgRow]) -> Result<Vec<Shard>> {
+    rows.iter().map(|row| shard(row, 0).during("settle")).collect()
+}
+
+/// Delivered records as arrays.
+struct Refs {
+    shards: Vec<i16>,
+    positions: Vec<i64>,
+    ids: Vec<Uuid>,
+}
+
+impl Refs {
+    fn new<'s>(parts: impl Iterator<Item = &'s ShardSettlement>) -> Self {
+        let mut refs = Self {
+            shards: Vec::new(),
+            positions: Vec::new(),
+            ids: Vec::new(),
+        };
+        for part in parts {
+            for record in &part.delivered {
+                refs.shards.push(small(part.shard));
+                refs.positions.push(record.position.0);
+                refs.ids.push(record.id.as_uuid());
+            }
+        }
+        refs
+    }
+}
+
+/// A message to be moved to the dead letters.
+pub(crate) struct Burial<'b> {
+    pub(crate) shard: Shard,
+    pub(crate) record: RecordRef,
+    pub(crate) attempts: u32,
+    pub(crate) reason: &'b str,
+}
+
+/// Moves messages to the dead letters, those that are there.
+pub(crate) async fn bury(session: &mut Session, sql: &Sql, burials: &[Burial<'_>]) -> Result<()> {
+    if burials.is_empty() {
+        return Ok(());
+    }
+    let each = || burials.iter();
+    session
+        .changed(
+            sql.bury
+                .query()
+                .bind(each().map(|burial| small(burial.shard)).collect::<Vec<i16>>())
+                .bind(
+                    each()
+                        .map(|burial| burial.record.position.0)
+                        .collect::<Vec<i64>>(),
+                )
+                .bind(
+                    each()
+                        .map(|burial| burial.record.id.as_uuid())
+                        .collect::<Vec<Uuid>>(),
+                )
+                .bind(
+                    each()
+                        .map(|burial| i64::from(burial.attempts))
+                        .collect::<Vec<i64>>(),
+                )
+                .bind(
+                    each()
+                        .map(|burial| storable(burial.reason))
+                        .collect::<Vec<String>>(),
+                ),
+        )
+        .await?;
+    Ok(())
+}
+
+/// How far large tables are counted.
+const COUNTED: i64 = 100_000;
+
+async fn bounded(session: &mut Session, statement: &Statement) -> Result<Count> {
+    let row = session.row(statement.query().bind(COUNTED)).await?;
+    let rows = number(&row, 0).during("stats")?;
+    Ok(if rows < COUNTED {
+        Count::Exact(rows.unsigned_abs())
+    } else {
+        Count::AtLeast(rows.unsigned_abs())
+    })
+}
+
+fn lease_status(row: &PgRow) -> sqlx::Result<LeaseStatus> {
+    let time_left = optional_number(row, 3)?.unwrap_or_default().max(0).unsigned_abs();
+    Ok(LeaseStatus {
+        shard: shard(row, 0)?,
+        epoch: Epoch(number(row, 1)?),
+        owner: text(row, 2)?.filter(|_| time_left > 0).map(RelayId::new),
+        time_left: Duration::from_millis(time_left),
+    })
+}
