@@ -1,22 +1,87 @@
 //! The application's side in SQLite: a producer that counts, and a consumer that sums.
+#![allow(clippy::unwrap_used, reason = "clippy takes only #[test] functions for tests")]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use outbox::sqlite::rusqlite::{Connection, Transaction, TransactionBehavior, params};
-use outbox::sqlite::{SqliteConfig, SqliteInbox, SqliteOutbox};
-use outbox::{Message, Receive};
+use outbox::sqlite::{SqliteConfig, SqliteInbox, SqliteOutbox, SqliteStore};
+use outbox::{Message, OutboxStore, Receive};
+use tokio::runtime::Runtime;
 
 use crate::proof::oracle::Arrived;
-use crate::proof::stamp::Stamp;
 use crate::proof::writer::{End, Producer};
+use crate::stage::database::{Database, interrupted};
 
-/// Makes the application's own tables beside the outbox.
-pub(super) fn make_tables(config: &SqliteConfig) {
-    outbox::sqlite::migrate(config).unwrap();
-    connect(config)
-        .execute_batch("CREATE TABLE number (key TEXT PRIMARY KEY, last INTEGER); CREATE TABLE effect (key TEXT PRIMARY KEY, sum INTEGER)")
-        .unwrap();
+/// One file.
+#[derive(Debug)]
+pub(crate) struct Sqlite(SqliteConfig);
+
+impl Database for Sqlite {
+    type Producer = SqliteProducer;
+
+    fn make(folder: &Path, _: &Runtime) -> Self {
+        let config = SqliteConfig::new(folder.join("app.db"));
+        outbox::sqlite::migrate(&config).unwrap();
+        connect(&config)
+            .execute_batch("CREATE TABLE number (key TEXT PRIMARY KEY, last INTEGER); CREATE TABLE effect (key TEXT PRIMARY KEY, sum INTEGER)")
+            .unwrap();
+        Self(config)
+    }
+
+    fn configuration(&self) -> String {
+        format!("type = \"sqlite\"\npath = {:?}", self.0.path)
+    }
+
+    fn store(&self) -> Box<dyn OutboxStore> {
+        Box::new(SqliteStore::open(self.0.clone()).unwrap())
+    }
+
+    fn producer(&self) -> SqliteProducer {
+        SqliteProducer {
+            connection: connect(&self.0),
+            outbox: SqliteOutbox::new(&self.0).unwrap(),
+        }
+    }
+
+    fn backlog(&self) -> u64 {
+        connect(&self.0)
+            .query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))
+            .map(i64::unsigned_abs)
+            .unwrap()
+    }
+
+    /// Nobody can write.
+    fn hold_settlements(&self, work: impl FnOnce()) {
+        let mut connection = connect(&self.0);
+        let tx = begin(&mut connection);
+        work();
+        tx.rollback().unwrap();
+    }
+
+    fn consume(&self, arrived: &[Arrived]) -> BTreeMap<String, u64> {
+        let inbox = SqliteInbox::new(&self.0).unwrap();
+        let mut connection = connect(&self.0);
+        for batch in interrupted(arrived) {
+            let tx = begin(&mut connection);
+            for stamp in batch.records.iter().filter_map(Arrived::stamp) {
+                // First the note, then the effect.
+                if inbox.receive(&tx, "sums", stamp.id).unwrap() == Receive::Fresh {
+                    tx.prepare_cached(
+                        "INSERT INTO effect VALUES (?1, ?2) ON CONFLICT DO UPDATE SET sum = sum + ?2",
+                    )
+                    .and_then(|mut add| add.execute(params![stamp.key, stamp.n.cast_signed()]))
+                    .unwrap();
+                }
+            }
+            if batch.commit { tx.commit() } else { tx.rollback() }.unwrap();
+        }
+        let mut sums = connection.prepare("SELECT key, sum FROM effect").unwrap();
+        let row =
+            |row: &outbox::sqlite::rusqlite::Row<'_>| Ok((row.get(0)?, row.get::<_, i64>(1)?.unsigned_abs()));
+        sums.query_map([], row).unwrap().map(Result::unwrap).collect()
+    }
 }
 
 fn connect(config: &SqliteConfig) -> Connection {
@@ -32,28 +97,11 @@ fn begin(connection: &mut Connection) -> Transaction<'_> {
         .unwrap()
 }
 
-/// Does something while nobody can write.
-pub(super) fn locked<T>(config: &SqliteConfig, work: impl FnOnce() -> T) -> T {
-    let mut connection = connect(config);
-    let tx = begin(&mut connection);
-    let done = work();
-    tx.rollback().unwrap();
-    done
-}
-
 /// One producer and its connection.
-pub(super) struct SqliteProducer {
+#[derive(Debug)]
+pub(crate) struct SqliteProducer {
     connection: Connection,
     outbox: SqliteOutbox,
-}
-
-impl SqliteProducer {
-    pub(super) fn connect(config: &SqliteConfig) -> Self {
-        Self {
-            connection: connect(config),
-            outbox: SqliteOutbox::new(config).unwrap(),
-        }
-    }
 }
 
 impl Producer for SqliteProducer {
@@ -84,43 +132,6 @@ impl Producer for SqliteProducer {
         match tx.commit() {
             Ok(()) => End::Committed,
             Err(_) => End::Unknown,
-        }
-    }
-}
-
-/// A consumer that reads the topic from the beginning twice, is interrupted in the middle of transactions, and adds
-/// up the numbers of each key. Gives the sums.
-pub(super) fn consume(config: &SqliteConfig, arrived: &[Arrived]) -> BTreeMap<String, u64> {
-    let inbox = SqliteInbox::new(config).unwrap();
-    let mut connection = connect(config);
-    for _ in 0..2 {
-        for batch in arrived.chunks(100) {
-            if fastrand::u8(0..10) == 0 {
-                let tx = begin(&mut connection);
-                apply(&tx, &inbox, &batch[..batch.len() / 2]);
-                tx.rollback().unwrap();
-            }
-            let tx = begin(&mut connection);
-            apply(&tx, &inbox, batch);
-            tx.commit().unwrap();
-        }
-    }
-    let mut sums = connection.prepare("SELECT key, sum FROM effect").unwrap();
-    let row =
-        |row: &outbox::sqlite::rusqlite::Row<'_>| Ok((row.get(0)?, row.get::<_, i64>(1)?.unsigned_abs()));
-    sums.query_map([], row).unwrap().map(Result::unwrap).collect()
-}
-
-/// First the note, then the effect.
-fn apply(tx: &Transaction<'_>, inbox: &SqliteInbox, batch: &[Arrived]) {
-    for stamp in batch
-        .iter()
-        .filter_map(|record| Stamp::read(record.payload.as_deref()?))
-    {
-        if inbox.receive(tx, "sums", stamp.id).unwrap() == Receive::Fresh {
-            tx.prepare_cached("INSERT INTO effect VALUES (?1, ?2) ON CONFLICT DO UPDATE SET sum = sum + ?2")
-                .and_then(|mut add| add.execute(params![stamp.key, stamp.n.cast_signed()]))
-                .unwrap();
         }
     }
 }
