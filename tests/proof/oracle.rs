@@ -87,7 +87,7 @@ impl Run {
         let mut sound = Vec::with_capacity(self.arrived.len());
         for at in &self.arrived {
             let place = at.place();
-            let Some(stamp) = at.payload.as_deref().and_then(Stamp::read) else {
+            let Some(stamp) = at.stamp() else {
                 report.damaged += 1;
                 report.violation("I2", format!("{place}: the payload is damaged"));
                 continue;
@@ -237,6 +237,11 @@ impl Run {
 }
 
 impl Arrived {
+    /// The stamp that it carries; none when it is damaged.
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        Stamp::read(self.payload.as_deref()?)
+    }
+
     fn place(&self) -> String {
         format!("partition {} offset {}", self.partition, self.offset)
     }

@@ -97,6 +97,9 @@ impl WriterLog {
 pub(crate) trait Producer {
     /// In one transaction: for each of the keys in turn counts the key's next number, in the application's table,
     /// and enqueues what `message` makes of it; then waits, then commits or rolls back.
+    ///
+    /// The keys are in order, so that transactions that lock their counters and overlap wait for each other and never
+    /// in a circle. Counting before enqueueing is what makes insert order commit order.
     fn transact(
         &mut self,
         keys: &[String],
@@ -143,7 +146,8 @@ impl Load {
         let mut done = 0;
         while done < share {
             let count = fastrand::usize(1..=MOST_AT_ONCE).min(share - done);
-            let keys: Vec<String> = (0..count).map(|_| self.any_key()).collect();
+            let mut keys: Vec<String> = (0..count).map(|_| self.any_key()).collect();
+            keys.sort_unstable();
             let commit = fastrand::usize(0..self.rollback_each) > 0;
             let wait = match fastrand::usize(0..self.hold_each) {
                 0 => self.hold.mul_f64(fastrand::f64()),

@@ -1,25 +1,25 @@
-//! What a test of the program stands on: an application's SQLite file, a fresh topic, relays as processes.
+//! What a test of the program stands on: an application's database, a fresh topic, relays as processes.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
     reason = "clippy takes only #[test] functions for tests"
 )]
 
-mod database;
+pub(crate) mod database;
 pub(crate) mod kafka;
 pub(crate) mod relay;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outbox::sqlite::{SqliteConfig, SqliteStore};
-use outbox::{DeadLetterQuery, OutboxStore, Stats};
+use outbox::{DeadLetterQuery, OutboxStore, RelayId, Stats};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use self::database::SqliteProducer;
+use self::database::Database;
 use self::relay::Relay;
 use crate::proof::oracle::{Ending, Limits, Run};
 use crate::proof::report::Report;
@@ -48,11 +48,12 @@ impl Default for Relays {
 pub(crate) const WINDOW: usize = 800;
 
 /// One application: its database, its outbox, its topic.
-pub(crate) struct Stage {
-    folder: TempDir,
-    database: SqliteConfig,
-    store: SqliteStore,
+pub(crate) struct Stage<D: Database> {
+    // In the order in which they go: connections, what they lead to, what they need.
+    store: Box<dyn OutboxStore>,
+    database: D,
     runtime: Runtime,
+    folder: TempDir,
     servers: String,
     topic: String,
     started: AtomicUsize,
@@ -60,20 +61,19 @@ pub(crate) struct Stage {
     _turn: MutexGuard<'static, ()>,
 }
 
-impl Stage {
+impl<D: Database> Stage<D> {
     /// An empty stage.
     pub(crate) fn new(servers: &str, relays: Relays) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
-        let database = SqliteConfig::new(folder.path().join("app.db"));
-        database::make_tables(&database);
         let runtime = Runtime::new().unwrap();
+        let database = D::make(folder.path(), &runtime);
         let topic = runtime.block_on(kafka::new_topic(servers, 6));
         let stage = Self {
-            store: SqliteStore::open(database.clone()).unwrap(),
-            folder,
+            store: database.store(),
             database,
             runtime,
+            folder,
             servers: servers.to_owned(),
             topic,
             started: AtomicUsize::new(0),
@@ -90,8 +90,7 @@ impl Stage {
         format!(
             r#"
             [store]
-            type = "sqlite"
-            path = {:?}
+            {}
             [sink]
             type = "kafka"
             bootstrap_servers = {:?}
@@ -102,7 +101,7 @@ impl Stage {
             window_rows = {WINDOW}
             {rate_limit}
             "#,
-            self.database.path,
+            self.database.configuration(),
             self.servers,
             relays.lease.as_millis(),
             relays.grace.as_millis(),
@@ -131,7 +130,7 @@ impl Stage {
     /// Writes the load, and logs it.
     pub(crate) fn write(&self, load: &Load) {
         let log = WriterLog::open(&self.file("writer.log"));
-        load.write(&log, || SqliteProducer::connect(&self.database));
+        load.write(&log, || self.database.producer());
     }
 
     /// Starts a relay.
@@ -149,30 +148,60 @@ impl Stage {
         self.runtime.block_on(self.store.stats()).unwrap()
     }
 
-    /// How often a relay began to work, by all relays' logs; each time but the first it may repeat something.
+    /// How many messages wait.
+    pub(crate) fn backlog(&self) -> u64 {
+        self.database.backlog()
+    }
+
+    /// How often a relay began to work on the same shard, at most, by all relays' logs; each time but the first it may
+    /// repeat something.
     pub(crate) fn beginnings(&self) -> usize {
-        let logs = (0..self.started.load(Ordering::Relaxed)).map(|number| self.relay_log(number));
-        logs.map(|log| {
-            std::fs::read_to_string(log)
-                .unwrap()
-                .matches("shard gained")
+        let mut begun: HashMap<String, usize> = HashMap::new();
+        for number in 0..self.started.load(Ordering::Relaxed) {
+            let log = std::fs::read_to_string(self.relay_log(number)).unwrap();
+            for line in log.lines().filter(|line| line.contains("shard gained")) {
+                let shard = line.split(' ').find(|word| word.starts_with("shard="));
+                *begun.entry(shard.unwrap().to_owned()).or_default() += 1;
+            }
+        }
+        begun.into_values().max().unwrap_or(0)
+    }
+
+    /// How many shards the outbox has.
+    pub(crate) fn shards(&self) -> usize {
+        usize::from(self.store.capabilities().shards)
+    }
+
+    /// How many shards each of the relays owns.
+    pub(crate) fn owned(&self, relays: &[Relay]) -> Vec<usize> {
+        let owners: Vec<RelayId> = self
+            .stats()
+            .leases
+            .into_iter()
+            .filter_map(|lease| lease.owner)
+            .collect();
+        let owned = |relay: &Relay| {
+            let process = format!("-{}-", relay.pid());
+            owners
+                .iter()
+                .filter(|owner| owner.as_str().contains(&process))
                 .count()
-        })
-        .sum()
+        };
+        relays.iter().map(owned).collect()
     }
 
-    /// Which of the relays owns the outbox.
+    /// Which of the relays owns the outbox, or most of it.
     pub(crate) fn owner(&self, relays: &[Relay]) -> Option<usize> {
-        let owner = self.stats().leases[0].owner.clone()?;
-        let is_owner = |relay: &Relay| owner.as_str().contains(&format!("-{}-", relay.pid()));
-        relays.iter().position(is_owner)
+        let owned = self.owned(relays);
+        let most = (0..relays.len()).max_by_key(|relay| owned[*relay])?;
+        (owned[most] > 0).then_some(most)
     }
 
-    /// Does something at a moment at which a relay has delivered messages and, very likely, waits to settle them: the
-    /// test has the database's lock.
+    /// Does something at a moment at which a relay has delivered messages and, very likely, waits to settle them:
+    /// the test holds settlements back.
     pub(crate) fn before_settlement(&self, work: impl FnOnce()) {
         let count = counter(&self.servers, &self.topic);
-        database::locked(&self.database, || {
+        self.database.hold_settlements(|| {
             let before = count();
             let delivered = until(Duration::from_secs(20), || (count() > before).then_some(()));
             assert!(delivered.is_some(), "nothing is delivered");
@@ -186,7 +215,7 @@ impl Stage {
     pub(crate) fn wait_until_drained(&self, relays: &mut [Relay]) {
         let drained = until(Duration::from_secs(120), || {
             relays.iter_mut().for_each(Relay::assert_alive);
-            (self.stats().backlog.value() == 0).then_some(())
+            (self.backlog() == 0).then_some(())
         });
         if drained.is_none() {
             let logs: String = relays.iter().map(|relay| relay.log()).collect();
@@ -201,7 +230,7 @@ impl Stage {
     pub(crate) fn ending(&self) -> Ending {
         let stats = self.stats();
         Ending {
-            backlog: stats.backlog.value(),
+            backlog: self.backlog(),
             held: stats.retrying + stats.parked,
             scheduled: stats.scheduled,
             owned_shards: stats.leases.iter().filter(|lease| lease.owner.is_some()).count(),
@@ -228,7 +257,7 @@ impl Stage {
         let run = Run {
             topic: self.topic.clone(),
             written: WriterLog::read(&self.file("writer.log")),
-            effects: Some(database::consume(&self.database, &arrived)),
+            effects: Some(self.database.consume(&arrived)),
             arrived,
             dead: dead.into_iter().map(|letter| letter.record.id).collect(),
             ending: Some(self.ending()),
@@ -241,12 +270,12 @@ impl Stage {
 }
 
 /// What a failed test leaves behind tells why.
-impl Drop for Stage {
+impl<D: Database> Drop for Stage<D> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.folder.disable_cleanup(true);
             say(&format!(
-                "database and logs are kept in {}",
+                "logs and files are kept in {}",
                 self.folder.path().display()
             ));
         }

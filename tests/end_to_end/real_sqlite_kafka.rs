@@ -1,0 +1,12 @@
+//! The promise on SQLite, end to end. Needs Kafka (`OUTBOX_TEST_KAFKA`).
+
+#[path = "../proof/mod.rs"]
+mod proof;
+#[path = "../proof/reader.rs"]
+mod reader;
+#[macro_use]
+mod scenarios;
+mod sqlite;
+mod stage;
+
+end_to_end!(sqlite::Sqlite);

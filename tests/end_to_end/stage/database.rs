@@ -1,0 +1,63 @@
+//! What a scenario needs of an application's database.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use outbox::OutboxStore;
+use tokio::runtime::Runtime;
+
+use crate::proof::oracle::Arrived;
+use crate::proof::writer::Producer;
+
+/// An application's database: its own tables, the outbox and the inbox beside them. Dropping it takes it away.
+pub(crate) trait Database: Sync {
+    type Producer: Producer;
+
+    /// Makes an empty one, with what it needs in files in this folder.
+    fn make(folder: &Path, runtime: &Runtime) -> Self;
+
+    /// The part `[store]` of the relay's configuration.
+    fn configuration(&self) -> String;
+
+    /// The store, to look at.
+    fn store(&self) -> Box<dyn OutboxStore>;
+
+    /// A producer with a connection of its own, called in the producer's own thread.
+    fn producer(&self) -> Self::Producer;
+
+    /// How many messages wait: counted, because a store may estimate.
+    fn backlog(&self) -> u64;
+
+    /// Does something while every settlement waits that has not yet looked at its lease. Renewals may wait as well,
+    /// reading must not.
+    ///
+    /// With a server, what waits there goes on there afterwards, even if the relay that asked for it stands still: what
+    /// is to be refused has to be held until its lease is over.
+    fn hold_settlements(&self, work: impl FnOnce());
+
+    /// A consumer with an inbox that handles [`interrupted`] batches and adds up the numbers of each key. Gives the sums.
+    fn consume(&self, arrived: &[Arrived]) -> BTreeMap<String, u64>;
+}
+
+/// What a consumer handles in one transaction.
+#[derive(Debug)]
+pub(crate) struct Batch<'a> {
+    pub(crate) records: &'a [Arrived],
+    /// Whether it lives to commit.
+    pub(crate) commit: bool,
+}
+
+/// A consumer's life: it reads the topic from the beginning twice, and is interrupted now and then in the middle of a
+/// transaction.
+pub(crate) fn interrupted(arrived: &[Arrived]) -> impl Iterator<Item = Batch<'_>> {
+    let twice = arrived.chunks(100).chain(arrived.chunks(100));
+    twice.flat_map(|records| {
+        let interrupted = (fastrand::u8(0..10) == 0).then_some(&records[..records.len() / 2]);
+        let batch = |(records, commit)| Batch { records, commit };
+        interrupted
+            .map(|half| (half, false))
+            .into_iter()
+            .chain([(records, true)])
+            .map(batch)
+    })
+}
