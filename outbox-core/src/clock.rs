@@ -7,6 +7,21 @@ use tokio::time::Instant;
 
 /// Tells monotonic time, which is all that the relay decides by: leases run in the database's time, and wall clocks
 /// jump.
+///
+/// ```
+/// use std::time::{Duration, SystemTime};
+/// use outbox_core::Clock;
+///
+/// /// A clock that stands where a test has put it.
+/// #[derive(Debug)]
+/// struct Stopped(Duration);
+///
+/// impl Clock for Stopped {
+///     fn now(&self) -> Duration { self.0 }
+///     fn wall(&self) -> SystemTime { SystemTime::UNIX_EPOCH + self.0 }
+/// }
+/// assert_eq!(Stopped(Duration::from_secs(5)).now().as_secs(), 5);
+/// ```
 pub trait Clock: Send + Sync + fmt::Debug + 'static {
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;

@@ -10,6 +10,14 @@ use crate::fetch::RecordRef;
 use crate::message::Message;
 
 /// A message taken out of the flow, whole, with its reason.
+///
+/// ```
+/// use outbox_core::DeadLetter;
+///
+/// fn line(letter: &DeadLetter) -> String {
+///     format!("{} to {}: {}", letter.record.id, letter.message.topic(), letter.reason)
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeadLetter {
     /// Names it: its id and the position it had.
@@ -27,6 +35,17 @@ pub struct DeadLetter {
 }
 
 /// Which dead letters to list.
+///
+/// ```
+/// use outbox_core::{DeadLetter, DeadLetterQuery};
+///
+/// let first = DeadLetterQuery { topic: Some("orders".into()), ..DeadLetterQuery::default() };
+/// let next = |page: &[DeadLetter]| DeadLetterQuery {
+///     after: page.last().map(|letter| letter.record),
+///     ..first.clone()
+/// };
+/// assert_eq!(next(&[]), first);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterQuery {
     /// Only of this topic. Default: all.
@@ -57,6 +76,26 @@ impl Default for DeadLetterQuery {
 ///   (`dead_letters_may_share_an_id`), and is found by both (`dead_letter_list_pages`, `dead_letter_list_by_topic`).
 /// - A requeued message **MUST** keep its id, topic, key, payload and headers and gets a new position behind all
 ///   others: it is delivered out of its first order, which consumers must be told (`dead_letter_requeue_whole`).
+///
+/// # Example
+/// ```
+/// # use std::sync::Arc;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{DeadLetterQuery, MemorySink, MemoryStore, Message, OutboxStore, Outcome, Relay};
+///
+/// let (store, sink) = (MemoryStore::default(), MemorySink::new());
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").build()?).await?;
+/// tx.commit();
+/// sink.fail_next(Outcome::Poison("too large".into()));
+/// Relay::new(Arc::new(store.clone()), Box::new(sink)).drain(std::future::pending()).await?;
+///
+/// let dead = store.dead_letters().expect("this store keeps them");
+/// let letters = dead.list(&DeadLetterQuery::default()).await?;
+/// assert_eq!(letters[0].reason, "too large");
+/// assert_eq!(dead.requeue(&[letters[0].record]).await?, 1);
+/// # Ok(()) }
+/// ```
 #[async_trait]
 pub trait DeadLetters: Send + Sync {
     /// Dead letters in the order of (position, id).

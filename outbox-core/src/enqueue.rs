@@ -14,6 +14,24 @@ use crate::message::Message;
 ///
 /// # Cancel safety
 /// Dropping the future leaves the transaction in an unknown state: roll it back.
+///
+/// # Example
+/// ```
+/// use outbox_core::{Enqueue, Message, Result};
+///
+/// /// Works with every store and its transaction.
+/// async fn place<Tx>(outbox: &impl Enqueue<Tx>, tx: &mut Tx) -> Result<()> {
+///     let message = Message::builder("orders").key("42").payload("placed").build()?;
+///     outbox.enqueue(tx, &message).await
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
+/// let store = outbox_core::MemoryStore::default();
+/// let mut tx = store.begin();
+/// place(&store, &mut tx).await?;
+/// tx.commit();
+/// # Ok(()) }
+/// ```
 pub trait Enqueue<Tx: ?Sized> {
     /// Enqueues one message.
     fn enqueue(&self, tx: &mut Tx, message: &Message) -> impl Future<Output = Result<()>> {

@@ -8,9 +8,32 @@ use std::error::Error as StdError;
 use std::fmt;
 
 /// The result of the framework's operations.
+///
+/// ```
+/// use outbox_core::{Message, Result};
+///
+/// fn cancelled(order: &str) -> Result<Message> {
+///     Message::builder("orders").key(order.to_owned()).payload("cancelled").build()
+/// }
+/// # cancelled("42").unwrap();
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What to do about an [`Error`].
+///
+/// ```
+/// use outbox_core::{Error, ErrorKind};
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error.kind() {
+///         ErrorKind::Schema => "run `outbox migrate`",
+///         ErrorKind::Denied => "look at the credentials",
+///         _ if error.is_retryable() => "try again",
+///         _ => "see the message",
+///     }
+/// }
+/// assert_eq!(advice(&Error::new(ErrorKind::Conflict, "enqueue", "database is locked")), "try again");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -95,6 +118,15 @@ impl Error {
     }
 
     /// Keeps the error that this one came from.
+    ///
+    /// ```
+    /// use std::error::Error as _;
+    /// use outbox_core::{Error, ErrorKind};
+    ///
+    /// let cut = std::io::Error::other("connection reset");
+    /// let error = Error::new(ErrorKind::Unavailable, "fetch", "the database does not answer").with_source(cut);
+    /// assert_eq!(error.source().unwrap().to_string(), "connection reset");
+    /// ```
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
@@ -114,6 +146,13 @@ impl Error {
     }
 
     /// The facts added by [`Error::with`], in order.
+    ///
+    /// ```
+    /// use outbox_core::{Error, ErrorKind};
+    ///
+    /// let error = Error::new(ErrorKind::Schema, "open", "there is no outbox").with("path", "app.db");
+    /// assert_eq!(error.context().collect::<Vec<_>>(), [("path", "app.db")]);
+    /// ```
     pub fn context(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.0.context.iter().map(|(name, value)| (*name, value.as_str()))
     }

@@ -7,6 +7,18 @@ use crate::message::{Message, MessageId, OrderKey};
 use crate::shard::{OwnedShard, Position, Shard};
 
 /// A stored message as the relay reads it.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// # let store = outbox_core::MemoryStore::default();
+/// # let mut tx = store.begin();
+/// # store.enqueue(&mut tx, &outbox_core::Message::builder("orders").build()?).await?;
+/// # tx.commit();
+/// let record = &store.pending()[0];
+/// assert_eq!((record.position.0, record.attempts), (1, 0));
+/// assert_eq!(record.reference().id, record.message.id());
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// The shard it belongs to.
@@ -36,6 +48,13 @@ impl Record {
 
 /// Names a stored message within its shard: by position **and** id, so that a sequence that went back can never
 /// make a settlement hit another message.
+///
+/// ```
+/// use outbox_core::{MessageId, Position, RecordRef};
+///
+/// let record = RecordRef { position: Position(7), id: MessageId::new() };
+/// assert_ne!(record, RecordRef { id: MessageId::new(), ..record }); // another message at the same place
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RecordRef {
     /// Where the store put it.
@@ -45,6 +64,19 @@ pub struct RecordRef {
 }
 
 /// What to read.
+///
+/// ```
+/// use outbox_core::{Epoch, FetchRequest, OwnedShard, Position, Shard};
+///
+/// let request = FetchRequest {
+///     shards: vec![OwnedShard { shard: Shard(3), epoch: Epoch(1) }],
+///     max_rows: 100,
+///     max_bytes: 1 << 20,
+///     ..FetchRequest::default()
+/// };
+/// assert!(request.admits(Shard(3), Position(1), &"orders".into(), None));
+/// assert!(!request.admits(Shard(4), Position(1), &"orders".into(), None)); // not asked for
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct FetchRequest {
     /// The shards to read, with the epochs under which they are held.
@@ -77,6 +109,14 @@ impl FetchRequest {
 }
 
 /// A record that was read and is not known to be settled.
+///
+/// ```
+/// use outbox_core::{FetchRequest, InFlight, Position, Shard};
+///
+/// let flight = InFlight { shard: Shard(0), position: Position(7), key: None };
+/// let request = FetchRequest { in_flight: vec![flight], ..FetchRequest::default() };
+/// assert!(!request.admits(Shard(0), Position(7), &"orders".into(), None));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InFlight {
     /// Its shard.
@@ -88,6 +128,14 @@ pub struct InFlight {
 }
 
 /// What must not be returned because its head waits.
+///
+/// ```
+/// use outbox_core::{Held, Position, Shard};
+///
+/// let held = Held { topics: ["orders".into()].into(), ..Held::default() };
+/// assert!(held.holds(Shard(0), Position(1), &"orders".into(), None));
+/// assert!(!held.holds(Shard(0), Position(1), &"films".into(), None));
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Held {
     /// Topics that are blocked, on every shard.
@@ -118,6 +166,12 @@ impl Held {
 }
 
 /// Something that was returned before and is wanted again, from a position (inclusive).
+///
+/// ```
+/// use outbox_core::{Position, Reread, RereadScope, Shard};
+///
+/// let reread = Reread { shard: Shard(3), scope: RereadScope::Shard, from: Position(7) };
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reread {
     /// The shard.
@@ -129,6 +183,13 @@ pub struct Reread {
 }
 
 /// What is wanted again of a shard.
+///
+/// ```
+/// use outbox_core::{OrderKey, RereadScope};
+///
+/// let key = OrderKey { topic: "orders".into(), key: "42".into() };
+/// let scope = RereadScope::Key(key);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RereadScope {
     /// Everything.
@@ -140,6 +201,19 @@ pub enum RereadScope {
 }
 
 /// What a reader found.
+///
+/// ```
+/// use outbox_core::Fetched;
+///
+/// fn says(fetched: &Fetched) -> String {
+///     match fetched {
+///         Fetched::Batch { records, more: true } => format!("{} and there may be more", records.len()),
+///         Fetched::Batch { records, more: false } => format!("{}, all there was", records.len()),
+///         Fetched::Reset { reason } => format!("begin anew: {reason}"),
+///     }
+/// }
+/// assert_eq!(says(&Fetched::Batch { records: Vec::new(), more: false }), "0, all there was");
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub enum Fetched {
     /// Records, in order within each key.

@@ -63,6 +63,13 @@ impl Headers {
     /// The stored form: a JSON array of `[name, value]`, a value that is not UTF-8 as `{"hex": "ff00"}`.
     ///
     /// No headers are the empty string, which stores keep as NULL.
+    ///
+    /// ```
+    /// let mut headers = outbox_core::Headers::new();
+    /// headers.push("traceparent", "00-4b");
+    /// headers.push("raw", vec![0xff, 0x00]);
+    /// assert_eq!(headers.encode(), br#"[["traceparent","00-4b"],["raw",{"hex":"ff00"}]]"#);
+    /// ```
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         if self.0.is_empty() {
@@ -79,6 +86,13 @@ impl Headers {
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] when it is neither.
+    ///
+    /// # Example
+    /// ```
+    /// let headers = outbox_core::Headers::decode(br#"{"traceparent": "00-4b"}"#)?; // written by hand
+    /// assert_eq!(headers.get("traceparent").unwrap(), "00-4b");
+    /// # Ok::<(), outbox_core::Error>(())
+    /// ```
     pub fn decode(stored: &[u8]) -> Result<Self> {
         if stored.is_empty() {
             return Ok(Self::new());

@@ -12,6 +12,21 @@ use crate::message::OrderKey;
 use crate::shard::Shard;
 
 /// The durable note that something waits, so that a relay that takes over neither forgets attempts nor hurries.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{Hold, HoldScope, HoldState, MessageId, Position, RecordRef, Shard};
+///
+/// let hold = Hold {
+///     shard: Shard(3),
+///     scope: HoldScope::Topic("orders".into()),
+///     head: RecordRef { position: Position(7), id: MessageId::new() },
+///     attempts: 0,
+///     state: HoldState::Retrying { due_in: Duration::from_secs(1) },
+///     reason: "unknown topic".into(),
+/// };
+/// assert_eq!(hold.reference().head, hold.head);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hold {
     /// The shard it belongs to.
@@ -29,6 +44,13 @@ pub struct Hold {
 }
 
 /// What waits.
+///
+/// ```
+/// use outbox_core::{HoldScope, OrderKey};
+///
+/// let scope = HoldScope::Key(OrderKey { topic: "orders".into(), key: "42".into() });
+/// assert_eq!(scope.to_string(), "key orders/42");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HoldScope {
     /// All messages of a topic.
@@ -40,6 +62,18 @@ pub enum HoldScope {
 }
 
 /// How a hold goes on.
+///
+/// ```
+/// use outbox_core::HoldState;
+///
+/// fn says(state: HoldState) -> String {
+///     match state {
+///         HoldState::Retrying { due_in } => format!("tried again in {due_in:?}"),
+///         HoldState::Parked => "waits for you".into(),
+///     }
+/// }
+/// assert_eq!(says(HoldState::Parked), "waits for you");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HoldState {
     /// It is tried again after this time, by the database's clock; zero is now.
@@ -52,6 +86,13 @@ pub enum HoldState {
 }
 
 /// Names a hold within its store: the shard, what waits, and for a keyless message its position.
+///
+/// ```
+/// use outbox_core::{HoldRef, HoldScope, MessageId, Position, RecordRef, Shard};
+///
+/// let head = RecordRef { position: Position(7), id: MessageId::new() };
+/// let hold = HoldRef { shard: Shard(3), scope: HoldScope::Message, head };
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HoldRef {
     /// The shard.
@@ -75,6 +116,16 @@ impl Hold {
 }
 
 /// A change of holds within a settlement.
+///
+/// ```
+/// use outbox_core::{Hold, HoldChange, ShardSettlement};
+///
+/// /// A key was delivered at last: the hold of its head goes.
+/// fn cleared(part: &mut ShardSettlement, hold: &Hold) {
+///     part.delivered.push(hold.head);
+///     part.holds.push(HoldChange::Clear(hold.reference()));
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HoldChange {
     /// Writes the hold, in place of one that may be there for the same scope (for a keyless message: the same
@@ -93,6 +144,28 @@ pub enum HoldChange {
 ///   `parked_resumes`, `only_parked_is_resumed`). What is resumed is due now with no attempts, or has no hold.
 /// - What is buried **MUST** be a dead letter, with what the hold knew, and its hold gone, in one transaction
 ///   (`parked_is_buried`, `parked_topic_is_not_buried`).
+///
+/// # Example
+/// ```
+/// # use std::sync::Arc;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{MemorySink, MemoryStore, Message, OnFailure, OutboxStore, Outcome, Relay, RelayConfig};
+///
+/// let (store, sink) = (MemoryStore::default(), MemorySink::new());
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+/// sink.fail_next(Outcome::Poison("too large".into()));
+/// let config = RelayConfig { on_failure: OnFailure::Park, ..RelayConfig::default() };
+/// let relay = Relay::new(Arc::new(store.clone()), Box::new(sink)).with_config(config);
+/// relay.drain(std::future::pending()).await?;
+///
+/// let parking = store.parking().expect("this store lets keys be resumed");
+/// let parked = parking.parked(10).await?;
+/// assert_eq!(parked[0].scope.to_string(), "key orders/42");
+/// assert!(parking.resume(&parked[0].reference()).await?);
+/// # Ok(()) }
+/// ```
 #[async_trait]
 pub trait Parking: Send + Sync {
     /// At most `limit` parked holds, oldest head first.

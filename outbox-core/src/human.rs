@@ -22,6 +22,17 @@ use serde::{Deserialize, Deserializer, Serializer};
 ///
 /// # Errors
 /// The serializer's own.
+///
+/// # Example
+/// ```
+/// #[derive(serde::Serialize)]
+/// struct Answer {
+///     #[serde(serialize_with = "outbox_core::human::serialize")]
+///     age: std::time::Duration,
+/// }
+/// let answer = Answer { age: std::time::Duration::from_secs(90) };
+/// assert_eq!(serde_json::to_string(&answer).unwrap(), r#"{"age":"1m 30s"}"#);
+/// ```
 pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&humantime::format_duration(*value))
 }
@@ -30,6 +41,17 @@ pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok
 ///
 /// # Errors
 /// When it is no text, or no duration.
+///
+/// # Example
+/// ```
+/// #[derive(serde::Deserialize)]
+/// struct Config {
+///     #[serde(deserialize_with = "outbox_core::human::deserialize")]
+///     lease: std::time::Duration,
+/// }
+/// let config: Config = serde_json::from_str(r#"{"lease": "250ms"}"#).unwrap();
+/// assert_eq!(config.lease.as_millis(), 250);
+/// ```
 pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text).map_err(|error| {

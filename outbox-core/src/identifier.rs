@@ -58,6 +58,15 @@ impl Identifier {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when it is longer than [`Identifier::MAX_PREFIX_BYTES`].
+    ///
+    /// # Example
+    /// ```
+    /// use outbox_core::Identifier;
+    ///
+    /// let name = Identifier::new(&"a".repeat(Identifier::MAX_BYTES))?;
+    /// assert!(name.check_prefix().is_err()); // a table, but no prefix: no suffix would fit behind it
+    /// # Ok::<(), outbox_core::Error>(())
+    /// ```
     pub fn check_prefix(&self) -> Result<()> {
         if self.0.len() > Self::MAX_PREFIX_BYTES {
             return Err(Error::new(

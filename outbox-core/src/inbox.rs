@@ -6,6 +6,17 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::message::MessageId;
 
 /// Whether a message was handled before.
+///
+/// ```
+/// use outbox_core::Receive;
+///
+/// fn handle(receive: Receive, effects: impl FnOnce()) {
+///     if receive == Receive::Fresh {
+///         effects();
+///     }
+/// }
+/// handle(Receive::Duplicate, || unreachable!());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Receive {
     /// It is new: apply its effects in this transaction, then commit.
@@ -23,6 +34,29 @@ pub enum Receive {
 ///
 /// # Cancel safety
 /// Dropping a future leaves the transaction in an unknown state: roll it back.
+///
+/// # Example
+/// ```
+/// use outbox_core::{Inbox, MemoryInbox, MemoryStore, MessageId, Receive, Result};
+///
+/// /// Works with every inbox; `total` stands for the consumer's tables.
+/// async fn bill<Tx>(inbox: &impl Inbox<Tx>, tx: &mut Tx, id: MessageId, total: &mut u32) -> Result<()> {
+///     if inbox.receive(tx, "billing", id).await? == Receive::Fresh {
+///         *total += 12;
+///     }
+///     Ok(())
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
+/// let (store, id, mut total) = (MemoryStore::default(), MessageId::new(), 0);
+/// for _ in 0..2 {
+///     let mut tx = store.begin();
+///     bill(&MemoryInbox, &mut tx, id, &mut total).await?;
+///     tx.commit();
+/// }
+/// assert_eq!(total, 12);
+/// # Ok(()) }
+/// ```
 pub trait Inbox<Tx: ?Sized> {
     /// Notes that `consumer` handles `id` in this transaction; waits for a concurrent copy to decide.
     fn receive(&self, tx: &mut Tx, consumer: &str, id: MessageId) -> impl Future<Output = Result<Receive>>;
@@ -36,12 +70,25 @@ pub trait Inbox<Tx: ?Sized> {
 }
 
 /// The shortest age at which handled messages may be forgotten.
+///
+/// ```
+/// assert!(outbox_core::check_age(outbox_core::MIN_INBOX_AGE).is_ok());
+/// ```
 pub const MIN_INBOX_AGE: Duration = Duration::from_secs(60 * 60);
 
 /// Whether an age for a purge of the inbox is at least [`MIN_INBOX_AGE`].
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`] when it is shorter.
+///
+/// # Example
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::check_age;
+///
+/// assert!(check_age(Duration::from_secs(7 * 24 * 3600)).is_ok());
+/// assert!(check_age(Duration::from_secs(60)).is_err());
+/// ```
 pub fn check_age(age: Duration) -> Result<()> {
     if age < MIN_INBOX_AGE {
         return Err(Error::new(

@@ -11,6 +11,13 @@ use crate::shard::{Epoch, OwnedShard, Shard};
 use crate::store::LeaseStatus;
 
 /// Names one run of one relay. Two running relays **must not** share it; [`RelayId::unique`] sees to that.
+///
+/// ```
+/// use outbox_core::RelayId;
+///
+/// assert_ne!(RelayId::unique("relay"), RelayId::unique("relay"));
+/// assert_eq!(RelayId::new("relay-1").to_string(), "relay-1");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RelayId(Arc<str>);
@@ -43,6 +50,14 @@ impl fmt::Display for RelayId {
 }
 
 /// What a relay asks for when it renews.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{LeaseRequest, RelayId};
+///
+/// let join = LeaseRequest { relay: RelayId::unique("relay"), want: 0, ttl: Duration::from_secs(10) };
+/// let take = LeaseRequest { want: 32, ..join };
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseRequest {
     /// Who asks.
@@ -54,6 +69,16 @@ pub struct LeaseRequest {
 }
 
 /// What a relay owns now.
+///
+/// ```
+/// use outbox_core::Leases;
+///
+/// /// What a relay should hold of the shards, with so many relays alive.
+/// fn share(shards: u16, leases: &Leases) -> u16 {
+///     shards.div_ceil(leases.relays.max(1))
+/// }
+/// assert_eq!(share(64, &Leases { relays: 3, ..Leases::default() }), 22);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Leases {
     /// All shards it owns, and under which epochs. What is not here is not, or no longer, its own.
@@ -65,6 +90,18 @@ pub struct Leases {
 }
 
 /// Whether a relay that releases shards stays a member.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{LeaseRequest, LeaseTable, Membership, RelayId};
+///
+/// let (mut table, relay) = (LeaseTable::new(4), RelayId::new("relay-1"));
+/// let held = table.lease(&LeaseRequest { relay: relay.clone(), want: 4, ttl: Duration::from_secs(10) }, 0).held;
+/// table.release(&relay, &held[..2], Membership::Stays); // makes room for another relay
+/// assert_eq!((table.held_by(&relay, 0).len(), table.relays(0).len()), (2, 1));
+/// table.release(&relay, &held[2..], Membership::Leaves); // stops
+/// assert_eq!((table.held_by(&relay, 0).len(), table.relays(0).len()), (0, 0));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Membership {
     /// It gives shards away to others and goes on.
@@ -74,6 +111,14 @@ pub enum Membership {
 }
 
 /// Milliseconds by the database's clock, from whatever beginning it counts.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{StoreMillis, millis};
+///
+/// let now: StoreMillis = 1_000; // from the database
+/// assert_eq!(now + millis(Duration::from_secs(10)), 11_000);
+/// ```
 pub type StoreMillis = i64;
 
 /// The leasing rules, ready-made for stores: load the rows in a transaction that excludes other writers of them,
@@ -103,6 +148,13 @@ pub struct LeaseTable {
 }
 
 /// The lease of one shard as it is stored.
+///
+/// ```
+/// use outbox_core::{LeaseRow, RelayId};
+///
+/// let row = LeaseRow { owner: Some(RelayId::new("relay-1")), epoch: 7, until: 11_000 };
+/// assert!(row.until > 10_999 && row.until <= 11_000); // owned until then, exclusive
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LeaseRow {
     /// Who owns it, or owned it last.
@@ -223,6 +275,12 @@ impl LeaseTable {
 }
 
 /// A duration as the store's milliseconds, rounded up, so that a wait is never shorter than asked.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// assert_eq!(outbox_core::millis(Duration::from_micros(1_500)), 2);
+/// ```
 #[must_use]
 pub fn millis(duration: Duration) -> StoreMillis {
     StoreMillis::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(StoreMillis::MAX)

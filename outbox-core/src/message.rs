@@ -13,10 +13,30 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::headers::Headers;
 
 /// The longest key, in bytes.
+///
+/// ```
+/// use outbox_core::{MAX_KEY_BYTES, Message};
+///
+/// assert!(Message::builder("orders").key(vec![0; MAX_KEY_BYTES]).build().is_ok());
+/// assert!(Message::builder("orders").key(vec![0; MAX_KEY_BYTES + 1]).build().is_err());
+/// ```
 pub const MAX_KEY_BYTES: usize = 1024;
 /// The longest topic name, in characters, as in Kafka.
+///
+/// ```
+/// use outbox_core::{MAX_TOPIC_LENGTH, check_topic};
+///
+/// assert!(check_topic(&"t".repeat(MAX_TOPIC_LENGTH)).is_ok());
+/// assert!(check_topic(&"t".repeat(MAX_TOPIC_LENGTH + 1)).is_err());
+/// ```
 pub const MAX_TOPIC_LENGTH: usize = 249;
 /// Header names with this prefix belong to the framework.
+///
+/// ```
+/// use outbox_core::{Message, RESERVED_HEADER_PREFIX};
+///
+/// assert!(Message::builder("orders").header(format!("{RESERVED_HEADER_PREFIX}mine"), "x").build().is_err());
+/// ```
 pub const RESERVED_HEADER_PREFIX: &str = "outbox-";
 
 /// Names a message: a UUID, version 7 unless the producer brings another. Consumers drop duplicates by it.
@@ -92,6 +112,15 @@ impl fmt::Debug for MessageId {
 }
 
 /// The ordering domain: messages of one topic **and** key are delivered in order.
+///
+/// ```
+/// use outbox_core::Message;
+///
+/// let of = |topic: &str| Message::builder(topic).key("42").build().unwrap().order_key().unwrap();
+/// assert_eq!(of("orders"), of("orders")); // in order
+/// assert_ne!(of("orders"), of("films")); // the same key of another topic: no order
+/// assert_eq!(of("orders").to_string(), "orders/42");
+/// ```
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OrderKey {
     /// The topic.
@@ -134,6 +163,16 @@ pub struct Message(Parts);
 /// The fields of a [`Message`], for stores that read one back.
 ///
 /// Nothing is checked: what is stored is what is delivered. Producers use [`Message::builder`].
+///
+/// ```
+/// use std::time::SystemTime;
+/// use outbox_core::{Message, Parts};
+///
+/// let message = Message::builder("orders").key("42").build()?;
+/// let parts = Parts { created_at: Some(SystemTime::UNIX_EPOCH), ..message.into_parts() };
+/// assert_eq!(Message::from_stored(parts).created_at(), Some(SystemTime::UNIX_EPOCH));
+/// # Ok::<(), outbox_core::Error>(())
+/// ```
 #[derive(Clone, PartialEq)]
 pub struct Parts {
     /// Names the message.
@@ -346,6 +385,22 @@ impl fmt::Debug for Message {
 }
 
 /// Builds a [`Message`]; see [`Message::builder`].
+///
+/// ```
+/// use std::time::{Duration, SystemTime};
+/// use outbox_core::{Message, MessageId};
+///
+/// let reminder = Message::builder("reminders")
+///     .id(MessageId::from_bytes([7; 16])) // the producer's own, instead of a fresh one
+///     .key("42")
+///     .content_type("text/plain")
+///     .payload("your trial ends tomorrow")
+///     .deliver_at(SystemTime::now() + Duration::from_secs(24 * 3600))
+///     .build()?;
+/// let tombstone = Message::builder("customers").key("42").build()?;
+/// assert!(tombstone.payload().is_none());
+/// # Ok::<(), outbox_core::Error>(())
+/// ```
 #[must_use = "a builder does nothing until build() is called"]
 pub struct MessageBuilder {
     parts: Parts,
@@ -409,6 +464,14 @@ impl MessageBuilder {
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`] for an empty name, `.`, `..`, more than 249 characters, or others than `[A-Za-z0-9._-]`.
+///
+/// # Example
+/// ```
+/// use outbox_core::check_topic;
+///
+/// assert!(check_topic("orders.v1").is_ok());
+/// assert!(check_topic("orders/v1").is_err());
+/// ```
 pub fn check_topic(topic: &str) -> Result<()> {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if topic.is_empty()
@@ -437,6 +500,13 @@ pub fn check_topic(topic: &str) -> Result<()> {
 }
 
 /// Whether a header's name belongs to the framework, whatever its case.
+///
+/// ```
+/// use outbox_core::is_reserved_header;
+///
+/// assert!(is_reserved_header("Outbox-Id"));
+/// assert!(!is_reserved_header("traceparent"));
+/// ```
 #[must_use]
 pub fn is_reserved_header(name: &str) -> bool {
     name.get(..RESERVED_HEADER_PREFIX.len())

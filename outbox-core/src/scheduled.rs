@@ -18,6 +18,29 @@ use crate::shard::{OwnedShard, Shard};
 ///   `deliver_at` come first (`scheduled_in_order`).
 /// - Fenced like a settlement: shards whose epoch is no longer held stay as they are and are returned
 ///   (`scheduled_is_fenced`). The limit is kept, and when the next is due is told (`scheduled_keeps_limit`).
+///
+/// # Example
+/// ```
+/// # use std::time::{Duration, SystemTime};
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{LeaseRequest, MemoryStore, Message, OutboxStore, RelayId};
+///
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// let due = SystemTime::now() + Duration::from_secs(60);
+/// store.enqueue(&mut tx, &Message::builder("reminders").deliver_at(due).build()?).await?;
+/// tx.commit();
+/// assert!(store.pending().is_empty());
+///
+/// # tokio::time::advance(Duration::from_secs(61)).await;
+/// // a minute later, what a relay does:
+/// let request = LeaseRequest { relay: RelayId::unique("relay"), want: 8, ttl: Duration::from_secs(10) };
+/// let shards = store.lease(&request).await?.held;
+/// let scheduled = store.scheduled().expect("this store has it");
+/// assert_eq!(scheduled.promote(&request.relay, &shards, 100).await?.promoted, 1);
+/// assert_eq!(store.pending().len(), 1);
+/// # Ok(()) }
+/// ```
 #[async_trait]
 pub trait Scheduled: Send + Sync {
     /// Promotes at most `limit` due messages of these shards.
@@ -25,6 +48,16 @@ pub trait Scheduled: Send + Sync {
 }
 
 /// What a promotion did.
+///
+/// ```
+/// use outbox_core::Promotion;
+///
+/// /// Whether to promote again at once.
+/// fn again(promotion: &Promotion, limit: usize) -> bool {
+///     promotion.promoted == limit
+/// }
+/// assert!(!again(&Promotion::default(), 100));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Promotion {
     /// How many messages it moved. As many as the limit: there may be more.

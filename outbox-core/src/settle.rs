@@ -28,6 +28,15 @@ pub struct Settlement {
 }
 
 /// What became of messages of one shard: written wholly, or not at all when `epoch` is no longer held.
+///
+/// ```
+/// use outbox_core::{Epoch, MessageId, Position, RecordRef, Shard, ShardSettlement};
+///
+/// let mut part = ShardSettlement::new(Shard(3), Epoch(7));
+/// assert!(part.is_empty());
+/// part.delivered.push(RecordRef { position: Position(1), id: MessageId::new() });
+/// assert!(part.is_deliveries_only());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardSettlement {
     /// The shard.
@@ -43,6 +52,14 @@ pub struct ShardSettlement {
 }
 
 /// A message that is given up.
+///
+/// ```
+/// use outbox_core::{Death, Record, Reason};
+///
+/// fn give_up(record: &Record, reason: &Reason) -> Death {
+///     Death { record: record.reference(), attempts: record.attempts + 1, reason: reason.to_string() }
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death {
     /// Which.
@@ -54,6 +71,13 @@ pub struct Death {
 }
 
 /// The answer to a settlement that was committed.
+///
+/// ```
+/// use outbox_core::{Settled, Shard};
+///
+/// let settled = Settled { lost: vec![Shard(3)] };
+/// assert_ne!(settled, Settled::default()); // by default all was written
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Settled {
     /// Shards whose epoch is no longer held; nothing was changed for them.

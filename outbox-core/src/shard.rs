@@ -8,18 +8,42 @@ use serde::{Deserialize, Serialize};
 use crate::message::MessageId;
 
 /// The unit of ownership: `hash(key) mod N`, keyless messages by their id.
+///
+/// ```
+/// use outbox_core::{MessageId, Shard, shard_of};
+///
+/// assert_eq!(shard_of(Some(b"42"), MessageId::new(), 64), Shard(40));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Shard(pub u16);
 
 /// Counts the changes of a shard's owner; grows at each, and never goes back.
+///
+/// ```
+/// use outbox_core::Epoch;
+///
+/// assert!(Epoch(8) > Epoch(7)); // the shard had another owner meanwhile
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Epoch(pub i64);
 
 /// Where a store put a message: a 64-bit number per store, the order within a key.
+///
+/// ```
+/// use outbox_core::Position;
+///
+/// assert!(Position::MIN < Position(1) && Position(1) < Position(2));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position(pub i64);
 
 /// A shard and the epoch under which its owner holds it.
+///
+/// ```
+/// use outbox_core::{Epoch, OwnedShard, Shard};
+///
+/// let owned = OwnedShard { shard: Shard(3), epoch: Epoch(7) };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OwnedShard {
     /// The shard.

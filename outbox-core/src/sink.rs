@@ -93,6 +93,13 @@ pub trait Sink: Send + fmt::Debug + 'static {
 }
 
 /// What a sink can do.
+///
+/// ```
+/// use outbox_core::{MemorySink, Sink};
+///
+/// let can = MemorySink::new().capabilities();
+/// assert!(can.stops_key_at_failure);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SinkCapabilities {
     /// A name for people: `kafka`.
@@ -105,6 +112,21 @@ pub struct SinkCapabilities {
 }
 
 /// What became of one message.
+///
+/// ```
+/// use outbox_core::Outcome;
+///
+/// /// What an HTTP destination's answer means.
+/// fn outcome(status: u16) -> Outcome {
+///     match status {
+///         200..=299 => Outcome::Delivered,
+///         404 => Outcome::TopicBlocked("there is no such endpoint".into()),
+///         400..=499 => Outcome::Poison(format!("refused with {status}").into()),
+///         _ => Outcome::Retry(format!("failed with {status}").into()),
+///     }
+/// }
+/// assert_eq!(outcome(503).as_str(), "retry");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The destination has it, durably.
@@ -143,6 +165,14 @@ impl Outcome {
 }
 
 /// What a sink says about a failure, for people: cheap to clone, at most [`Reason::MAX_BYTES`] long, no payloads.
+///
+/// ```
+/// use outbox_core::Reason;
+///
+/// let reason: Reason = "message too large".into();
+/// assert_eq!(reason.as_str(), "message too large");
+/// assert_eq!(Reason::from("x".repeat(5_000)).as_str().len(), Reason::MAX_BYTES);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reason(Arc<str>);
 
@@ -171,6 +201,20 @@ impl fmt::Display for Reason {
 }
 
 /// Resolves to the outcome of every record of a batch, in its order.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use outbox_core::{Outcome, Receipt};
+///
+/// let (acknowledge, acknowledged) = tokio::sync::oneshot::channel();
+/// let receipt = Receipt::pending(async move {
+///     // The destination's answer, which may never come.
+///     vec![acknowledged.await.unwrap_or(Outcome::Unknown("the connection was cut".into()))]
+/// });
+/// acknowledge.send(Outcome::Delivered).unwrap();
+/// assert_eq!(receipt.outcomes().await, [Outcome::Delivered]);
+/// # }
+/// ```
 pub struct Receipt(BoxFuture<'static, Vec<Outcome>>);
 
 impl Receipt {

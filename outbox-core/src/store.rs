@@ -68,7 +68,32 @@ use crate::wake::WakeUp;
 /// but loudly, because a relay that stops delivers nothing.
 ///
 /// # Example
-/// The crate documentation of the facade shows a complete store and the one line that proves it.
+/// What a relay does, once round. A complete store is in the facade's `examples/2_custom_store.rs`, and the one line
+/// that proves it in its `tests/custom_store.rs`.
+///
+/// ```
+/// # use std::time::Duration;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{FetchRequest, Fetched, LeaseRequest, MemoryStore, Message, OutboxStore, RelayId};
+/// use outbox_core::{Settlement, ShardSettlement};
+///
+/// # let store = MemoryStore::default();
+/// # let mut tx = store.begin();
+/// # store.enqueue(&mut tx, &Message::builder("orders").build()?).await?;
+/// # tx.commit();
+/// let relay = RelayId::unique("relay");
+/// let lease = LeaseRequest { relay: relay.clone(), want: 8, ttl: Duration::from_secs(10) };
+/// let shards = store.lease(&lease).await?.held;
+/// let request = FetchRequest { shards: shards.clone(), max_rows: 100, max_bytes: 1 << 20, ..FetchRequest::default() };
+/// let Fetched::Batch { records, .. } = store.reader().await?.fetch(&request).await? else { panic!("reset") };
+///
+/// let owned = shards.iter().find(|owned| owned.shard == records[0].shard).expect("it was asked for");
+/// let mut part = ShardSettlement::new(owned.shard, owned.epoch);
+/// part.delivered.push(records[0].reference());
+/// let settled = store.settle(&Settlement { relay, shards: vec![part] }).await?;
+/// assert!(settled.lost.is_empty() && store.pending().is_empty());
+/// # Ok(()) }
+/// ```
 #[async_trait]
 pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
     /// What this store, as it is configured, can hold and do. Constant for the store's lifetime.
@@ -146,6 +171,26 @@ pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
 ///
 /// # Cancel safety
 /// A reader whose fetch was dropped half-way is thrown away like one that failed.
+///
+/// # Example
+/// ```
+/// # #[derive(Debug)] struct Rows(Vec<outbox_core::Record>);
+/// use async_trait::async_trait;
+/// use outbox_core::{FetchRequest, Fetched, Reader, Result};
+///
+/// /// Reads rows in memory, in order of position; the limit in bytes is left out for brevity.
+/// #[async_trait]
+/// impl Reader for Rows {
+///     async fn fetch(&mut self, request: &FetchRequest) -> Result<Fetched> {
+///         let mut rows = self.0.iter().filter(|row| {
+///             let (message, key) = (&row.message, row.message.order_key());
+///             request.admits(row.shard, row.position, &message.topic().into(), key.as_ref())
+///         });
+///         let records = rows.by_ref().take(request.max_rows).cloned().collect();
+///         Ok(Fetched::Batch { records, more: rows.next().is_some() })
+///     }
+/// }
+/// ```
 #[async_trait]
 pub trait Reader: Send + fmt::Debug {
     /// Reads the next batch.
@@ -153,6 +198,13 @@ pub trait Reader: Send + fmt::Debug {
 }
 
 /// How messages of one key are ordered; chosen when the schema is made.
+///
+/// ```
+/// use outbox_core::{MemoryConfig, MemoryStore, Ordering};
+///
+/// let config = MemoryConfig { ordering: Ordering::Sequenced, ..MemoryConfig::default() };
+/// let store = MemoryStore::new(config);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ordering {
@@ -164,6 +216,13 @@ pub enum Ordering {
 }
 
 /// What a store can hold and do. The conformance suite holds it to its word.
+///
+/// ```
+/// use outbox_core::{MemoryStore, OutboxStore};
+///
+/// let can = MemoryStore::default().capabilities();
+/// assert!(can.keys && can.any_bytes && can.fixed_topic.is_none());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
     /// A name for people: `sqlite`, `postgres`.
@@ -189,6 +248,13 @@ pub struct Capabilities {
 }
 
 /// A count that may be cheaper than exact.
+///
+/// ```
+/// use outbox_core::Count;
+///
+/// assert_eq!(Count::AtLeast(10_000).to_string(), "≥ 10000");
+/// assert_eq!(Count::About(512).value(), 512);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", content = "value", rename_all = "snake_case")]
 pub enum Count {
@@ -221,6 +287,15 @@ impl fmt::Display for Count {
 }
 
 /// The state of an outbox.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{MemoryStore, OutboxStore};
+///
+/// let stats = MemoryStore::default().stats().await?;
+/// assert_eq!((stats.backlog.value(), stats.dead, stats.oldest_age), (0, 0, None));
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Stats {
     /// Undelivered messages, those held included, dead and scheduled ones not.
@@ -244,6 +319,14 @@ pub struct Stats {
 }
 
 /// One shard's lease as people see it.
+///
+/// ```
+/// use outbox_core::Stats;
+///
+/// fn orphans(stats: &Stats) -> usize {
+///     stats.leases.iter().filter(|lease| lease.owner.is_none()).count()
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LeaseStatus {
     /// The shard.

@@ -6,6 +6,21 @@ use async_trait::async_trait;
 use tokio::sync::Notify;
 
 /// A store's own hint that there may be work.
+///
+/// ```
+/// use async_trait::async_trait;
+/// use outbox_core::{WakeUp, Waker};
+///
+/// /// Wakes when somebody of this process says so.
+/// struct Local(Waker);
+///
+/// #[async_trait]
+/// impl WakeUp for Local {
+///     async fn wait(&mut self) {
+///         self.0.woken().await;
+///     }
+/// }
+/// ```
 #[async_trait]
 pub trait WakeUp: Send {
     /// Waits for a hint. It may come late, twice, for nothing or never; the relay polls all the same.

@@ -94,6 +94,14 @@ impl KafkaConfig {
     ///
     /// # Errors
     /// [`Invalid`](outbox_core::ErrorKind::Invalid), naming the option, its value unless it may be secret, and why.
+    ///
+    /// # Example
+    /// ```
+    /// use outbox_kafka::KafkaConfig;
+    ///
+    /// let error = KafkaConfig::new("localhost:9092").option("acks", "1").validate().unwrap_err();
+    /// assert!(error.to_string().contains("acks"));
+    /// ```
     pub fn validate(&self) -> Result<()> {
         self.prepare().map(drop)
     }

@@ -7,6 +7,16 @@ use rdkafka::message::{Headers as _, Message as KafkaMessage};
 use crate::headers::{CONTENT_TYPE, OUTBOX_ID, OUTBOX_KEY_SEQ};
 
 /// A message as a consumer receives it: what the producer enqueued, and where Kafka put it.
+///
+/// ```
+/// use outbox_core::MessageId;
+/// use outbox_kafka::ReceivedMessage;
+///
+/// /// Whether something of this key was lost or repeated since `last`; under `Ordering::Sequenced`.
+/// fn is_next(last: i64, message: &ReceivedMessage) -> bool {
+///     message.key_seq == Some(last + 1)
+/// }
+/// ```
 #[derive(Clone, PartialEq)]
 pub struct ReceivedMessage {
     /// Names the message; duplicates have the same. What an [`Inbox`](outbox_core::Inbox) is asked with.
@@ -102,6 +112,19 @@ impl std::fmt::Debug for ReceivedMessage {
 ///
 /// # Errors
 /// As [`ReceivedMessage::read`].
+///
+/// # Example
+/// ```
+/// use outbox_kafka::message_id;
+/// use outbox_kafka::rdkafka::message::{Header, OwnedHeaders, OwnedMessage, Timestamp};
+///
+/// # let headers = OwnedHeaders::new()
+/// #     .insert(Header { key: "outbox-id", value: Some("018f3f2e-7c1a-7000-8000-000000000001") });
+/// # let record = OwnedMessage::new(None, None, "orders".into(), Timestamp::NotAvailable, 0, 7, Some(headers));
+/// // `record` is what consumer.recv() returned.
+/// assert_eq!(message_id(&record)?.to_string(), "018f3f2e-7c1a-7000-8000-000000000001");
+/// # Ok::<(), outbox_core::Error>(())
+/// ```
 pub fn message_id<M: KafkaMessage>(record: &M) -> Result<MessageId> {
     record
         .headers()

@@ -8,12 +8,31 @@ use rdkafka::message::{Header, OwnedHeaders};
 /// The header with the message's id: a UUID as lower-case text with hyphens, 36 bytes.
 ///
 /// Text and not 16 bytes, because consumers in any language, and people with a console consumer, read it as it is.
+///
+/// ```
+/// use outbox_kafka::OUTBOX_ID;
+/// use outbox_kafka::rdkafka::message::{Headers, Message};
+///
+/// /// The id as text, of a record that may be from elsewhere.
+/// fn id(record: &impl Message) -> Option<&str> {
+///     let header = record.headers()?.iter().find(|header| header.key == OUTBOX_ID)?;
+///     str::from_utf8(header.value?).ok()
+/// }
+/// ```
 pub const OUTBOX_ID: &str = "outbox-id";
 
 /// The header with the message's number within its key, in decimal; only under `Ordering::Sequenced`.
+///
+/// ```
+/// assert!(outbox_core::is_reserved_header(outbox_kafka::OUTBOX_KEY_SEQ)); // no producer can set it
+/// ```
 pub const OUTBOX_KEY_SEQ: &str = "outbox-key-seq";
 
 /// The header with the payload's media type; absent when the message has none.
+///
+/// ```
+/// assert_eq!(outbox_kafka::CONTENT_TYPE, "content-type");
+/// ```
 pub const CONTENT_TYPE: &str = "content-type";
 
 /// The framework's headers, then the user's own in their order. Trace context is among the latter.

@@ -60,6 +60,15 @@ impl SqliteConfig {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] as of [`Identifier::new`].
+    ///
+    /// # Example
+    /// ```
+    /// use outbox_sqlite::SqliteConfig;
+    ///
+    /// let config = SqliteConfig::new("app.db").with_prefix("billing_outbox")?;
+    /// assert!(config.with_prefix("billing-outbox").is_err());
+    /// # Ok::<(), outbox_sqlite::Error>(())
+    /// ```
     pub fn with_prefix(mut self, prefix: &str) -> Result<Self> {
         self.prefix = Identifier::new(prefix)?;
         Ok(self)
@@ -110,6 +119,12 @@ impl Default for SqliteConfig {
 
 /// How the relay's own commits reach the disk (`PRAGMA synchronous`). Producers decide for themselves, on their own
 /// connections, and should use `FULL`: else a power loss can undo a commit whose message is already out.
+///
+/// ```
+/// use outbox_sqlite::{SqliteConfig, Synchronous};
+///
+/// let config = SqliteConfig { synchronous: Synchronous::Full, ..SqliteConfig::new("app.db") };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Synchronous {
@@ -121,6 +136,12 @@ pub enum Synchronous {
 }
 
 /// How the relay reads.
+///
+/// ```
+/// use outbox_sqlite::{FetchMode, SqliteConfig};
+///
+/// let config = SqliteConfig { fetch: FetchMode::Rescan, ..SqliteConfig::new("app.db") };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FetchMode {

@@ -75,6 +75,23 @@ impl SqliteOutbox {
     ///
     /// # Errors
     /// As [`enqueue`](Self::enqueue).
+    ///
+    /// # Example
+    /// ```
+    /// use outbox_core::Message;
+    /// # use outbox_sqlite::{SqliteConfig, SqliteOutbox, migrate, rusqlite::Connection};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let config = SqliteConfig::new(dir.path().join("app.db"));
+    /// # migrate(&config)?;
+    /// # let outbox = SqliteOutbox::new(&config)?;
+    /// # let mut connection = Connection::open(&config.path)?;
+    /// # let tx = connection.transaction()?;
+    /// let event = |payload: &'static str| Message::builder("orders").key("42").payload(payload).build();
+    /// outbox.enqueue_many(&tx, &[event("placed")?, event("paid")?])?;
+    /// # tx.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn enqueue_many(&self, connection: &Connection, messages: &[Message]) -> Result<()> {
         for message in messages {
             self.limits.check(message)?;

@@ -76,6 +76,21 @@ impl SqliteInbox {
     /// # Errors
     /// [`outbox_core::ErrorKind::Invalid`] for an age below [`outbox_core::MIN_INBOX_AGE`]; others as SQLite gives
     /// them.
+    ///
+    /// # Example
+    /// ```
+    /// use std::time::Duration;
+    /// # use outbox_sqlite::{SqliteConfig, SqliteInbox, migrate, rusqlite::Connection};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let config = SqliteConfig::new(dir.path().join("app.db"));
+    /// # migrate(&config)?;
+    /// # let inbox = SqliteInbox::new(&config)?;
+    /// # let connection = Connection::open(&config.path)?;
+    /// let month = Duration::from_secs(30 * 24 * 3600);
+    /// while inbox.purge(&connection, month, 1_000)? == 1_000 {}
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn purge(&self, connection: &Connection, age: Duration, limit: usize) -> Result<usize> {
         check_age(age)?;
         connection

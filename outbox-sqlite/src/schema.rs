@@ -12,6 +12,18 @@ use crate::sql::{self, TABLE_EXISTS, VERSION};
 use crate::worker::{connect, write};
 
 /// What [`migrate`] did.
+///
+/// ```
+/// use outbox_sqlite::Migrated;
+///
+/// fn says(migrated: Migrated) -> String {
+///     match migrated.from {
+///         None => format!("made at version {}", migrated.to),
+///         Some(from) if from == migrated.to => format!("is at version {from} already"),
+///         Some(from) => format!("brought from version {from} to {}", migrated.to),
+///     }
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Migrated {
     /// The version that was found; none where there was no outbox.

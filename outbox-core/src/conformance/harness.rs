@@ -11,9 +11,53 @@ use crate::store::OutboxStore;
 
 /// The topics that the suites use, where topics are free. A sink's destination must know them; they are not to be
 /// created by sending to them.
+///
+/// ```
+/// use outbox_core::conformance::TOPICS;
+///
+/// // A harness creates them at the destination before its first scenario.
+/// assert!(TOPICS.iter().all(|topic| outbox_core::check_topic(topic).is_ok()));
+/// ```
 pub const TOPICS: [&str; 2] = ["conformance-a", "conformance-b"];
 
 /// How the suite gets a store and what a producer does with it.
+///
+/// # Example
+/// The [module's documentation](crate::conformance) has one for the store in memory. What goes with the scenario is
+/// a field:
+///
+/// ```
+/// use std::sync::Arc;
+/// use outbox_core::conformance::StoreHarness;
+/// # use outbox_core::{MemoryStore as MyStore, MemoryTransaction as MyTransaction};
+/// use outbox_core::{Message, OutboxStore, Result};
+/// # struct Directory;
+/// # impl Directory { fn new() -> Self { Self } }
+/// # fn open(_: &Directory) -> MyStore { MyStore::default() }
+///
+/// struct Mine {
+///     store: MyStore,
+///     /// Removed when the harness is dropped, after the scenario.
+///     directory: Directory,
+/// }
+///
+/// #[async_trait::async_trait]
+/// impl StoreHarness for Mine {
+///     type Tx = MyTransaction;
+///     async fn fresh() -> Self {
+///         let directory = Directory::new();
+///         Self { store: open(&directory), directory }
+///     }
+///     fn store(&self) -> Arc<dyn OutboxStore> { Arc::new(self.store.clone()) }
+///     async fn begin(&self) -> MyTransaction { self.store.begin() }
+///     async fn enqueue(&self, tx: &mut MyTransaction, messages: &[Message]) -> Result<()> {
+///         self.store.enqueue_many(tx, messages).await
+///     }
+///     async fn commit(&self, tx: MyTransaction) { tx.commit() }
+///     async fn rollback(&self, tx: MyTransaction) { tx.rollback() }
+///     fn concurrent_transactions(&self) -> bool { true }
+/// }
+/// ```
 #[async_trait]
 pub trait StoreHarness: Send + Sync + Sized + 'static {
     /// A producer's open transaction.
@@ -44,6 +88,33 @@ pub trait StoreHarness: Send + Sync + Sized + 'static {
 }
 
 /// How the suite gets a sink, looks at its destination and makes it fail.
+///
+/// ```
+/// use outbox_core::conformance::{SinkFault, SinkHarness};
+/// use outbox_core::{MemorySink, Message, MessageId, Sink};
+///
+/// struct Mine(MemorySink);
+///
+/// #[async_trait::async_trait]
+/// impl SinkHarness for Mine {
+///     async fn fresh() -> Self { Self(MemorySink::new()) }
+///     async fn sink(&self) -> Box<dyn Sink> { Box::new(self.0.clone()) }
+///     async fn delivered(&self) -> Vec<Message> {
+///         self.0.delivered().into_iter().map(|record| record.message).collect()
+///     }
+///     fn faults(&self) -> &'static [SinkFault] { &[SinkFault::Outage] }
+///     async fn inject(&self, fault: SinkFault, _: MessageId) {
+///         match fault {
+///             SinkFault::Outage => self.0.begin_outage("nobody home"),
+///             _ => self.0.end_outage(),
+///         }
+///     }
+///     async fn poison(&self, _: &'static str) -> Option<Message> { None } // it takes everything
+/// }
+///
+/// outbox_core::sink_conformance!(Mine);
+/// # fn main() {}
+/// ```
 #[async_trait]
 pub trait SinkHarness: Send + Sync + Sized + 'static {
     /// A destination of its own for one scenario: empty, and knowing the [`TOPICS`].
@@ -68,6 +139,20 @@ pub trait SinkHarness: Send + Sync + Sized + 'static {
 }
 
 /// A fault that the sink suite asks for.
+///
+/// ```
+/// use outbox_core::conformance::SinkFault;
+/// use outbox_core::{MemoryFault, MemorySink, MessageId, Outcome};
+///
+/// fn inject(sink: &MemorySink, fault: SinkFault, message: MessageId) {
+///     match fault {
+///         SinkFault::Refuse => sink.fail(MemoryFault::new(Outcome::Retry("refused".into())).id(message).times(1)),
+///         SinkFault::Outage => sink.begin_outage("nobody home"),
+///         SinkFault::Heal => sink.end_outage(),
+///         other => panic!("{other:?} is not among the faults of this harness"),
+///     }
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SinkFault {

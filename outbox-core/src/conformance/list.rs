@@ -180,10 +180,12 @@ macro_rules! __for_each_sink_scenario {
 /// The second argument names the module (`store_conformance` unless told). What follows goes into `#[tokio::test(…)]`;
 /// the calling crate needs tokio with `macros` and `rt`.
 ///
-/// ```ignore
+/// ```
+/// # use outbox_core::conformance::broken::BrokenStore as MyHarness; // any harness
 /// outbox_core::store_conformance!(MyHarness);
 /// outbox_core::store_conformance!(MyHarness, with_archive);
 /// outbox_core::store_conformance!(MyHarness, on_threads, flavor = "multi_thread");
+/// # fn main() {}
 /// ```
 #[macro_export]
 macro_rules! store_conformance {
@@ -202,6 +204,13 @@ macro_rules! store_conformance {
 
 /// Makes one named test a scenario, in a module of its own, for a [`SinkHarness`](crate::conformance::SinkHarness);
 /// the arguments are those of [`store_conformance!`](crate::store_conformance).
+///
+/// ```
+/// # use outbox_core::conformance::broken::BrokenSink as MyHarness; // any harness
+/// outbox_core::sink_conformance!(MyHarness);
+/// outbox_core::sink_conformance!(MyHarness, on_threads, flavor = "multi_thread");
+/// # fn main() {}
+/// ```
 #[macro_export]
 macro_rules! sink_conformance {
     ($harness:ty $(,)?) => { $crate::sink_conformance!($harness, sink_conformance); };

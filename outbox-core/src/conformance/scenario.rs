@@ -8,6 +8,14 @@ use super::harness::{SinkFault, SinkHarness, StoreHarness};
 use crate::store::{Ordering, OutboxStore};
 
 /// One scenario of a suite, for harnesses of type `H`.
+///
+/// ```
+/// use outbox_core::conformance::{Scenario, StoreNeed};
+///
+/// fn line(scenario: &Scenario<StoreNeed>) -> String {
+///     format!("{}::{} needs {:?}", scenario.theme, scenario.name, scenario.needs)
+/// }
+/// ```
 pub struct Scenario<N: 'static> {
     /// Its name, as in the contracts of the traits.
     pub name: &'static str,
@@ -20,6 +28,14 @@ pub struct Scenario<N: 'static> {
 }
 
 /// What a scenario needs of a store.
+///
+/// ```
+/// use outbox_core::conformance::StoreNeed;
+///
+/// let store = outbox_core::MemoryStore::default();
+/// assert_eq!(StoreNeed::DeadLetters.missing(&store, true), None);
+/// assert_eq!(StoreNeed::Retention.missing(&store, true), Some("it keeps no archive"));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreNeed {
@@ -62,6 +78,14 @@ pub enum StoreNeed {
 }
 
 /// What a scenario needs of a sink.
+///
+/// ```
+/// use outbox_core::conformance::{SinkHarness, SinkNeed};
+///
+/// async fn can_be_parked<H: SinkHarness>(harness: &H) -> bool {
+///     SinkNeed::StopsKey.missing(harness).await.is_none()
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SinkNeed {
@@ -138,12 +162,28 @@ impl SinkNeed {
 }
 
 /// All scenarios of the store suite.
+///
+/// ```
+/// use outbox_core::conformance::store_scenarios;
+/// # use outbox_core::conformance::broken::BrokenStore as Mine; // any harness
+///
+/// let names: Vec<_> = store_scenarios::<Mine>().iter().map(|scenario| scenario.name).collect();
+/// assert!(names.contains(&"settle_is_fenced"));
+/// ```
 #[must_use]
 pub fn store_scenarios<H: StoreHarness>() -> Vec<Scenario<StoreNeed>> {
     crate::__for_each_store_scenario!([super::list::collect_stores][H])
 }
 
 /// All scenarios of the sink suite.
+///
+/// ```
+/// use outbox_core::conformance::sink_scenarios;
+/// # use outbox_core::conformance::broken::BrokenSink as Mine; // any harness
+///
+/// let names: Vec<_> = sink_scenarios::<Mine>().iter().map(|scenario| scenario.name).collect();
+/// assert!(names.contains(&"order_within_key"));
+/// ```
 #[must_use]
 pub fn sink_scenarios<H: SinkHarness>() -> Vec<Scenario<SinkNeed>> {
     crate::__for_each_sink_scenario!([super::list::collect_sinks][H])
@@ -153,6 +193,16 @@ pub fn sink_scenarios<H: SinkHarness>() -> Vec<Scenario<SinkNeed>> {
 ///
 /// # Panics
 /// When the store fails it, and when there is no scenario of this name.
+///
+/// # Example
+/// ```
+/// use outbox_core::conformance::{StoreHarness, prove_store};
+///
+/// /// One scenario alone, under the author's own runtime.
+/// async fn fenced<H: StoreHarness>() {
+///     prove_store::<H>("settle_is_fenced").await;
+/// }
+/// ```
 pub async fn prove_store<H: StoreHarness>(name: &str) {
     let scenario = find(store_scenarios::<H>(), name);
     match not_applicable_to_store(&H::fresh().await, &scenario) {
@@ -165,6 +215,16 @@ pub async fn prove_store<H: StoreHarness>(name: &str) {
 ///
 /// # Panics
 /// When the sink fails it, and when there is no scenario of this name.
+///
+/// # Example
+/// ```
+/// use outbox_core::conformance::{SinkHarness, prove_sink};
+///
+/// /// One scenario alone, under the author's own runtime.
+/// async fn ordered<H: SinkHarness>() {
+///     prove_sink::<H>("order_within_key").await;
+/// }
+/// ```
 pub async fn prove_sink<H: SinkHarness>(name: &str) {
     let scenario = find(sink_scenarios::<H>(), name);
     match not_applicable_to_sink(&H::fresh().await, &scenario).await {
@@ -174,6 +234,15 @@ pub async fn prove_sink<H: SinkHarness>(name: &str) {
 }
 
 /// Prints and returns the scenarios that do not apply to a store, each with the reason.
+///
+/// ```
+/// use outbox_core::conformance::{StoreHarness, report_store};
+///
+/// /// Fails when a store that could do everything no longer does.
+/// async fn everything_applies<H: StoreHarness>() {
+///     assert_eq!(report_store::<H>().await, []);
+/// }
+/// ```
 pub async fn report_store<H: StoreHarness>() -> Vec<(&'static str, &'static str)> {
     let harness = H::fresh().await;
     let all = store_scenarios::<H>();
@@ -185,6 +254,15 @@ pub async fn report_store<H: StoreHarness>() -> Vec<(&'static str, &'static str)
 }
 
 /// Prints and returns the scenarios that do not apply to a sink, each with the reason.
+///
+/// ```
+/// use outbox_core::conformance::{SinkHarness, report_sink};
+///
+/// /// Fails when a harness that could inject every fault no longer does.
+/// async fn everything_applies<H: SinkHarness>() {
+///     assert_eq!(report_sink::<H>().await, []);
+/// }
+/// ```
 pub async fn report_sink<H: SinkHarness>() -> Vec<(&'static str, &'static str)> {
     let harness = H::fresh().await;
     let all = sink_scenarios::<H>();

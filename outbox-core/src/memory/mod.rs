@@ -4,19 +4,6 @@
 //! becomes visible when the transaction commits, so a low position may appear late; several transactions are open
 //! at once; leases run in the store's own clock, which is tokio's and can be paused; the sink keeps the order of a
 //! key through scripted failures. Nothing survives the process.
-//!
-//! ```
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
-//! use outbox_core::{MemoryStore, Message};
-//!
-//! let store = MemoryStore::default();
-//! let mut tx = store.begin();
-//! store.enqueue(&mut tx, &Message::builder("orders").key("42").payload("placed").build()?).await?;
-//! assert!(store.pending().is_empty()); // not before the commit
-//! tx.commit();
-//! assert_eq!(store.pending()[0].message.topic(), "orders");
-//! # Ok(()) }
-//! ```
 
 mod config;
 mod inbox;

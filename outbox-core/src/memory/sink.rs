@@ -125,6 +125,21 @@ impl MemorySink {
     }
 
     /// Waits until at least `count` messages have been delivered, and gives them all. Put a timeout around it.
+    ///
+    /// ```
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use outbox_core::{MemorySink, MemoryStore, Message, Relay};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (store, sink) = (MemoryStore::default(), MemorySink::new());
+    /// # let mut tx = store.begin();
+    /// # store.enqueue(&mut tx, &Message::builder("orders").build()?).await?;
+    /// # tx.commit();
+    /// # let relay = Relay::new(Arc::new(store), Box::new(sink.clone()));
+    /// tokio::spawn(relay.run(std::future::pending()));
+    /// let delivered = tokio::time::timeout(Duration::from_secs(10), sink.wait_for(1)).await?;
+    /// assert_eq!(delivered[0].message.topic(), "orders");
+    /// # Ok(()) }
+    /// ```
     pub async fn wait_for(&self, count: usize) -> Vec<Record> {
         let mut changes = self.shared.changes.subscribe();
         loop {
@@ -163,6 +178,23 @@ impl MemorySink {
     }
 
     /// How long messages are under way, from now on. Zero is at once, and the default.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> outbox_core::Result<()> {
+    /// # use std::time::Duration;
+    /// use outbox_core::{MemorySink, MemoryStore, Message, Outcome, Sink};
+    ///
+    /// # let store = MemoryStore::default();
+    /// # let mut tx = store.begin();
+    /// # store.enqueue(&mut tx, &Message::builder("orders").build()?).await?;
+    /// # tx.commit();
+    /// let mut sink = MemorySink::new();
+    /// sink.set_latency(Duration::from_millis(100));
+    /// let receipt = sink.publish(store.pending()).await;
+    /// assert!(sink.delivered().is_empty()); // under way
+    /// assert_eq!(receipt.outcomes().await, [Outcome::Delivered]);
+    /// # Ok(()) }
+    /// ```
     pub fn set_latency(&self, latency: Duration) {
         lock(&self.shared.state).latency = latency;
     }

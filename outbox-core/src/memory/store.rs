@@ -29,6 +29,19 @@ use crate::store::{Capabilities, Count, OutboxStore, Reader, Stats};
 use crate::wake::WakeUp;
 
 /// A store in memory, with every optional power. Clones share it.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// use outbox_core::{MemoryStore, Message};
+///
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").payload("placed").build()?).await?;
+/// assert!(store.pending().is_empty()); // not before the commit
+/// tx.commit();
+/// assert_eq!(store.pending()[0].message.topic(), "orders");
+/// # Ok(()) }
+/// ```
 #[derive(Clone)]
 pub struct MemoryStore {
     pub(super) inner: Arc<Inner>,

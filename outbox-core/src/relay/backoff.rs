@@ -9,6 +9,16 @@ use crate::error::Result;
 
 /// Pauses that double from `initial` to `max`, each drawn at random between nothing and its full length, so that
 /// what failed together does not come back together.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{Backoff, RelayConfig};
+///
+/// let retry = Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(60) };
+/// let ceilings: Vec<_> = [1, 2, 3, 10].map(|attempts| retry.ceiling(attempts).as_secs()).into();
+/// assert_eq!(ceilings, [1, 2, 4, 60]);
+/// let config = RelayConfig { retry, ..RelayConfig::default() };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Backoff {

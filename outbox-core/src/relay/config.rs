@@ -65,6 +65,13 @@ pub struct RelayConfig {
 }
 
 /// What happens to a message that can never go, or whose attempts are used up.
+///
+/// ```
+/// use outbox_core::{OnFailure, RelayConfig};
+///
+/// assert_eq!(RelayConfig::default().on_failure, OnFailure::DeadLetter);
+/// let config = RelayConfig { on_failure: OnFailure::Park, ..RelayConfig::default() };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnFailure {

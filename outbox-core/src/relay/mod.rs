@@ -93,6 +93,17 @@ impl Relay {
     }
 
     /// With a waker that producers of the same process share.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use outbox_core::{MemorySink, MemoryStore, Relay, Waker};
+    ///
+    /// let waker = Waker::new();
+    /// let relay = Relay::new(Arc::new(MemoryStore::default()), Box::new(MemorySink::new()))
+    ///     .with_waker(waker.clone());
+    /// // a producer of this process, after its commit:
+    /// waker.wake();
+    /// ```
     #[must_use]
     pub fn with_waker(mut self, waker: Waker) -> Self {
         self.waker = waker;
@@ -131,6 +142,20 @@ impl Relay {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for a configuration out of range. Nothing else ends a relay: a store or a sink
     /// that fails is tried again, with growing pauses, and reported through metrics and logs.
+    ///
+    /// # Example
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use outbox_core::{MemorySink, MemoryStore, Relay};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+    /// # let relay = Relay::new(Arc::new(MemoryStore::default()), Box::new(MemorySink::new()));
+    /// let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    /// let running = tokio::spawn(relay.run(async { drop(stopped.await) }));
+    /// // when the service stops:
+    /// stop.send(()).unwrap();
+    /// running.await.unwrap()
+    /// # }
+    /// ```
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
         self.config.check()?;
         driver::Driver::new(self, false).run(shutdown).await;

@@ -17,6 +17,12 @@ pub(super) use flaws;
 
 flaws! {
     /// What is wrong with a [`BrokenStore`](super::BrokenStore).
+    ///
+    /// ```
+    /// use outbox_core::conformance::broken::StoreFlaw;
+    ///
+    /// assert!(StoreFlaw::ALL.contains(&StoreFlaw::PositionCursor));
+    /// ```
     StoreFlaw {
         /// Reads what has a higher position than what was read last; late commits are lost.
         PositionCursor,

@@ -22,12 +22,28 @@ tokio::task_local! {
 }
 
 /// Runs a future, in which every [`BrokenSink`] has this flaw.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use outbox_core::conformance::broken::{BrokenSink, SinkFlaw, with_sink_flaw};
+/// use outbox_core::conformance::prove_sink;
+///
+/// // A sink that loses headers still keeps the order.
+/// with_sink_flaw(SinkFlaw::LosesHeaders, prove_sink::<BrokenSink>("order_within_key")).await;
+/// # }
+/// ```
 pub async fn with_sink_flaw<F: Future>(flaw: SinkFlaw, future: F) -> F::Output {
     FLAW.scope(flaw, future).await
 }
 
 flaws! {
     /// What is wrong with a [`BrokenSink`].
+    ///
+    /// ```
+    /// use outbox_core::conformance::broken::SinkFlaw;
+    ///
+    /// assert!(SinkFlaw::ALL.contains(&SinkFlaw::ReportsEarly));
+    /// ```
     SinkFlaw {
         /// When much is handed over, puts some aside and sends it later.
         ReordersUnderPressure,
@@ -77,6 +93,16 @@ flaws! {
 }
 
 /// A sink to memory with the flaw that [`with_sink_flaw`] says, and its harness.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use outbox_core::conformance::SinkHarness;
+/// use outbox_core::conformance::broken::{BrokenSink, SinkFlaw, with_sink_flaw};
+///
+/// let harness = with_sink_flaw(SinkFlaw::SendsTwice, BrokenSink::fresh()).await;
+/// assert!(harness.delivered().await.is_empty());
+/// # }
+/// ```
 pub struct BrokenSink {
     inner: MemorySink,
     flaw: SinkFlaw,

@@ -31,11 +31,32 @@ tokio::task_local! {
 }
 
 /// Runs a future, in which every [`BrokenStore`] has this flaw.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use outbox_core::conformance::broken::{BrokenStore, StoreFlaw, with_store_flaw};
+/// use outbox_core::conformance::prove_store;
+///
+/// // A store whose fence is only read still leaves nothing behind a rollback.
+/// with_store_flaw(StoreFlaw::EpochOnlyRead, prove_store::<BrokenStore>("rollback_leaves_nothing")).await;
+/// # }
+/// ```
 pub async fn with_store_flaw<F: Future>(flaw: StoreFlaw, future: F) -> F::Output {
     FLAW.scope(flaw, future).await
 }
 
 /// A store with the flaw that [`with_store_flaw`] says, and its harness.
+///
+/// ```
+/// use outbox_core::OutboxStore;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use outbox_core::conformance::StoreHarness;
+/// use outbox_core::conformance::broken::{BrokenStore, StoreFlaw, with_store_flaw};
+///
+/// let harness = with_store_flaw(StoreFlaw::HoldIgnored, BrokenStore::fresh()).await;
+/// assert!(harness.store().capabilities().keys);
+/// # }
+/// ```
 pub struct BrokenStore {
     inner: MemoryStore,
     flaw: StoreFlaw,
