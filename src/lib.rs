@@ -5,6 +5,9 @@ pub use outbox_core::*;
 /// The Kafka sink and helpers for consumers.
 #[cfg(feature = "kafka")]
 pub use outbox_kafka as kafka;
+/// The PostgreSQL store, enqueue and inbox.
+#[cfg(feature = "postgres")]
+pub use outbox_postgres as postgres;
 /// The SQLite store, enqueue and inbox.
 #[cfg(feature = "sqlite")]
 pub use outbox_sqlite as sqlite;
