@@ -83,6 +83,7 @@ struct Mark {
 /// Where the reader stands.
 #[derive(Debug)]
 pub(crate) struct Cursor {
+    rescans: bool,
     /// The snapshot of the last fetch.
     snapshot: Option<Snapshot>,
     /// Ascending in both fields; the first one is true of every transaction.
@@ -247,9 +248,10 @@ pub(crate) struct Conclusion {
 }
 
 impl Cursor {
-    /// Before everything.
-    pub(crate) fn new(sweep_interval: Duration) -> Self {
+    /// Before everything. One that `rescans` reads from the start each time, and remembers only which shards have more.
+    pub(crate) fn new(sweep_interval: Duration, rescans: bool) -> Self {
         Self {
+            rescans,
             snapshot: None,
             marks: VecDeque::from([Mark { from: 0, last: START }]),
             shards: BTreeMap::new(),
@@ -277,13 +279,17 @@ impl Cursor {
             self.follow_holds(request);
         }
         self.go_back(request);
+        if self.rescans {
+            self.lanes.clear();
+            self.singles.clear();
+        }
         let active = self.tidy();
 
         let max_rows = request.max_rows.max(1);
         let rows = max_rows.min(self.rows);
-        let sweeps = self.sweep.due.is_some_and(|due| Instant::now() >= due);
+        let sweeps = !self.rescans && self.sweep.due.is_some_and(|due| Instant::now() >= due);
         let (below, running) = match &self.snapshot {
-            Some(snapshot) if !sweeps => (
+            Some(snapshot) if !sweeps && !self.rescans => (
                 self.bound(snapshot.xmax),
                 snapshot
                     .running
@@ -474,7 +480,7 @@ impl Cursor {
         let (quota_behind, quota_end) = ((rows / behind).max(1), 1 + rows / self.shards.len().max(1));
         let plan = |(shard, progress): (&Shard, &Progress)| ShardPlan {
             shard: *shard,
-            after: progress.position,
+            after: if self.rescans { START } else { progress.position },
             quota: if progress.position < END {
                 quota_behind
             } else {

@@ -9,7 +9,7 @@ use sqlx::query::Query;
 use uuid::Uuid;
 
 use crate::row::{flag, key, message_id, number, shard, small, span, text};
-use crate::sql::{Sql, Statement};
+use crate::sql::Statement;
 
 /// The primary key of a hold.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,86 +64,74 @@ impl<'h> HoldChanges<'h> {
         self.0.insert(name, hold);
     }
 
-    /// Removes what was cleared, if anything was.
-    pub(crate) fn clear<'q>(&self, sql: &Sql) -> Option<Query<'q, Postgres, PgArguments>> {
-        let names = Names::new(
-            self.0
-                .iter()
-                .filter(|(_, hold)| hold.is_none())
-                .map(|(name, _)| name),
-        );
-        (!names.shards.is_empty()).then(|| names.bind(&sql.hold_clear))
-    }
-
-    /// Writes what was put, if anything was.
-    pub(crate) fn put<'q>(&self, sql: &Sql) -> Option<Query<'q, Postgres, PgArguments>> {
+    /// Binds what is cleared, then what is put.
+    pub(crate) fn bind<'q>(
+        &self,
+        query: Query<'q, Postgres, PgArguments>,
+    ) -> Query<'q, Postgres, PgArguments> {
+        let cleared = self
+            .0
+            .iter()
+            .filter(|(_, hold)| hold.is_none())
+            .map(|(name, _)| name);
         let put = || {
             self.0
                 .iter()
                 .filter_map(|(name, hold)| hold.map(|hold| (name, hold)))
         };
-        let names = Names::new(put().map(|(name, _)| name));
-        if names.shards.is_empty() {
-            return None;
-        }
         let holds = || put().map(|(_, hold)| hold);
         let due_in = |hold: &Hold| match hold.state {
             HoldState::Parked => 0,
             HoldState::Retrying { due_in } => millis(due_in.min(FAR)),
         };
-        Some(
-            names
-                .bind(&sql.hold_put)
-                .bind(holds().map(|hold| hold.head.position.0).collect::<Vec<i64>>())
-                .bind(holds().map(|hold| hold.head.id.as_uuid()).collect::<Vec<Uuid>>())
-                .bind(holds().map(|hold| i64::from(hold.attempts)).collect::<Vec<i64>>())
-                .bind(
-                    holds()
-                        .map(|hold| hold.state == HoldState::Parked)
-                        .collect::<Vec<bool>>(),
-                )
-                .bind(holds().map(due_in).collect::<Vec<i64>>())
-                .bind(
-                    holds()
-                        .map(|hold| storable(&hold.reason))
-                        .collect::<Vec<String>>(),
-                ),
-        )
+        let query = bind_names(query, cleared);
+        bind_names(query, put().map(|(name, _)| name))
+            .bind(holds().map(|hold| hold.head.position.0).collect::<Vec<i64>>())
+            .bind(holds().map(|hold| hold.head.id.as_uuid()).collect::<Vec<Uuid>>())
+            .bind(holds().map(|hold| i64::from(hold.attempts)).collect::<Vec<i64>>())
+            .bind(
+                holds()
+                    .map(|hold| hold.state == HoldState::Parked)
+                    .collect::<Vec<bool>>(),
+            )
+            .bind(holds().map(due_in).collect::<Vec<i64>>())
+            .bind(
+                holds()
+                    .map(|hold| storable(&hold.reason))
+                    .collect::<Vec<String>>(),
+            )
     }
 }
 
 /// A due time that no clock reaches would overflow the sum: a thousand years.
 const FAR: Duration = Duration::from_secs(1_000 * 366 * 24 * 60 * 60);
 
-/// Names of holds as arrays.
-struct Names {
-    shards: Vec<i16>,
-    scopes: Vec<&'static str>,
-    topics: Vec<String>,
-    keys: Vec<Vec<u8>>,
-    messages: Vec<i64>,
-}
-
-impl Names {
-    fn new<'n>(names: impl Iterator<Item = &'n HoldName> + Clone) -> Self {
-        Self {
-            shards: names.clone().map(|name| name.shard).collect(),
-            scopes: names.clone().map(|name| name.scope).collect(),
-            topics: names.clone().map(|name| name.topic.clone()).collect(),
-            keys: names.clone().map(|name| name.key.clone()).collect(),
-            messages: names.map(|name| name.message).collect(),
-        }
-    }
-
-    fn bind<'q>(self, statement: &Statement) -> Query<'q, Postgres, PgArguments> {
-        statement
-            .query()
-            .bind(self.shards)
-            .bind(self.scopes)
-            .bind(self.topics)
-            .bind(self.keys)
-            .bind(self.messages)
-    }
+/// Binds names of holds as arrays.
+fn bind_names<'q, 'n>(
+    query: Query<'q, Postgres, PgArguments>,
+    names: impl Iterator<Item = &'n HoldName> + Clone,
+) -> Query<'q, Postgres, PgArguments> {
+    query
+        .bind(names.clone().map(|name| name.shard).collect::<Vec<i16>>())
+        .bind(
+            names
+                .clone()
+                .map(|name| name.scope)
+                .collect::<Vec<&'static str>>(),
+        )
+        .bind(
+            names
+                .clone()
+                .map(|name| name.topic.clone())
+                .collect::<Vec<String>>(),
+        )
+        .bind(
+            names
+                .clone()
+                .map(|name| name.key.clone())
+                .collect::<Vec<Vec<u8>>>(),
+        )
+        .bind(names.map(|name| name.message).collect::<Vec<i64>>())
 }
 
 /// Text as the server takes it: it has no character for zero.

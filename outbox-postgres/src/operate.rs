@@ -15,7 +15,7 @@ use crate::error::During;
 use crate::hold::{HoldName, read_hold};
 use crate::row::{Rows, limit, number, optional_number, small, span, text, time};
 use crate::sql::Statement;
-use crate::store::{Burial, PostgresStore, bury, epochs, shards};
+use crate::store::{PostgresStore, epochs, shards};
 
 /// How many rows one transaction of an operator's moves, so that none takes long.
 const CHUNK: usize = 1_000;
@@ -134,13 +134,22 @@ impl Parking for PostgresStore {
             session.finish().await?;
             return Ok(false);
         };
-        let burial = Burial {
-            shard: hold.shard,
-            record: hold.head,
-            attempts: u32::try_from(number(row, 0).during(DURING)?).unwrap_or(u32::MAX),
-            reason: text(row, 1).during(DURING)?.unwrap_or_default(),
-        };
-        bury(&mut session, &self.sql, &[burial]).await?;
+        let (attempts, reason) = (
+            number(row, 0).during(DURING)?,
+            text(row, 1).during(DURING)?.unwrap_or_default(),
+        );
+        session
+            .changed(
+                self.sql
+                    .bury
+                    .query()
+                    .bind(small(hold.shard))
+                    .bind(hold.head.position.0)
+                    .bind(hold.head.id.as_uuid())
+                    .bind(attempts)
+                    .bind(reason),
+            )
+            .await?;
         session.finish().await?;
         Ok(true)
     }

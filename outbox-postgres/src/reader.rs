@@ -40,7 +40,7 @@ impl PostgresReader {
             connection: opening.connect(config, DURING).await?,
             opening,
             sql: Arc::clone(sql),
-            cursor: Cursor::new(config.sweep_interval()),
+            cursor: Cursor::new(config.sweep_interval(), config.fetch == FetchMode::Rescan),
             config: Arc::clone(config),
             started: None,
             last: i64::MIN,
@@ -49,9 +49,6 @@ impl PostgresReader {
     }
 
     async fn read(&mut self, request: &FetchRequest) -> Result<Fetched> {
-        if self.config.fetch == FetchMode::Rescan {
-            self.cursor = Cursor::new(self.config.sweep_interval());
-        }
         let plan = self.cursor.plan(request);
         self.barred.follow(&request.held);
         if let Some(begin) = self.opening.pooled() {

@@ -25,39 +25,35 @@ pub(crate) struct Settings(Vec<(&'static str, String)>);
 impl Settings {
     /// For leases, for operators and for settlements that wait for the disk, whatever the server's default.
     pub(crate) fn durable(config: &PostgresConfig) -> Self {
-        Self(vec![
-            (
-                "statement_timeout",
-                config.statement_timeout.as_millis().to_string(),
-            ),
-            ("synchronous_commit", "on".to_owned()),
-        ])
+        Self::bounded(config, true)
     }
 
     /// For settlements. The plan must not depend on how full the table was when it was made, so it is made once, for
     /// any parameters, and uses the primary key.
     pub(crate) fn settling(config: &PostgresConfig) -> Self {
         let durable = config.synchronous_settle || config.pooler;
+        Self::bounded(config, durable).with_index_plans()
+    }
+
+    /// For readers; the same of plans.
+    pub(crate) fn reading(config: &PostgresConfig) -> Self {
+        Self::bounded(config, true).with_index_plans()
+    }
+
+    /// A relay that stands still in the middle of a transaction must not keep its locks for longer than a lease lasts.
+    fn bounded(config: &PostgresConfig, durable: bool) -> Self {
+        let millis = |limit: Duration| limit.as_millis().to_string();
         Self(vec![
+            ("statement_timeout", millis(config.statement_timeout)),
             (
-                "statement_timeout",
-                config.statement_timeout.as_millis().to_string(),
+                "idle_in_transaction_session_timeout",
+                millis(config.statement_timeout.min(IDLE)),
             ),
             (
                 "synchronous_commit",
                 if durable { "on" } else { "off" }.to_owned(),
             ),
         ])
-        .with_index_plans()
-    }
-
-    /// For readers; the same of plans.
-    pub(crate) fn reading(config: &PostgresConfig) -> Self {
-        Self(vec![(
-            "statement_timeout",
-            config.statement_timeout.as_millis().to_string(),
-        )])
-        .with_index_plans()
     }
 
     fn with_index_plans(mut self) -> Self {
@@ -98,6 +94,8 @@ pub(crate) struct Opening {
     begin: String,
 }
 
+/// How long a transaction of ours may wait for its next statement.
+const IDLE: Duration = Duration::from_secs(5);
 /// A network that has lost the answer is noticed so much later than the server would have given up.
 const GRACE: Duration = Duration::from_secs(5);
 

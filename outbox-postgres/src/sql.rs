@@ -223,11 +223,8 @@ pub(crate) struct Sql {
     pub(crate) holds: Statement,
     pub(crate) fence: Statement,
     pub(crate) deliver: Statement,
-    pub(crate) deliver_in_transaction: Statement,
-    pub(crate) archive: Statement,
+    pub(crate) settle: Statement,
     pub(crate) bury: Statement,
-    pub(crate) hold_put: Statement,
-    pub(crate) hold_clear: Statement,
 
     pub(crate) parked: Statement,
     pub(crate) hold_resume: Statement,
@@ -314,14 +311,27 @@ impl Sql {
         );
         let named = "unnest($4::smallint[], $5::bigint[], $6::uuid[]) u(shard, id, message_id)";
         let matched = "o.shard = u.shard AND o.id = u.id AND o.message_id = u.message_id";
+        // Of what is named, that whose shard is held.
+        let ours = "u.shard = ANY (ARRAY(SELECT shard FROM held))";
+        let archived = if config.archive {
+            format!(
+                "kept AS (INSERT INTO {processed} (position, {MESSAGE}, key_seq) \
+                 SELECT id, {MESSAGE}, key_seq FROM gone ORDER BY id), "
+            )
+        } else {
+            String::new()
+        };
+        let bury = format!(
+            "INSERT INTO {dead} (position, {MESSAGE}, key_seq, attempts, reason) \
+             SELECT id, {MESSAGE}, key_seq, attempts, reason FROM dying \
+             ON CONFLICT (position, message_id) DO UPDATE SET attempts = excluded.attempts, reason = excluded.reason"
+        );
         // Names a hold.
         let hold_named = "shard = $1 AND scope = $2 AND topic = $3 AND key = $4 AND message = $5";
         let hold_columns = format!(
             "shard, scope, topic, key, head, head_message_id, attempts, parked, greatest({}, 0), reason",
             left("due_at")
         );
-        let dead_columns =
-            "position, message_id, topic, key, payload, headers, content_type, created_at, key_seq";
 
         Self {
             insert: statement(if sequenced {
@@ -389,41 +399,37 @@ impl Sql {
             holds: statement(format!("SELECT {hold_columns} FROM {hold} WHERE shard = ANY($1)")),
             fence: statement(format!("WITH {held} SELECT shard FROM held")),
             deliver: statement(format!(
-                "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} \
-                 AND o.shard IN (SELECT shard FROM held)) SELECT shard FROM held"
+                "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} AND {ours}) \
+                 SELECT shard FROM held"
             )),
-            // The same rows once more, where the fence was read before.
-            deliver_in_transaction: statement(format!(
-                "DELETE FROM {outbox} o USING unnest($1::smallint[], $2::bigint[], $3::uuid[]) u(shard, id, message_id) \
-                 WHERE {matched}"
-            )),
-            archive: statement(format!(
-                "WITH gone AS (DELETE FROM {outbox} o USING unnest($1::smallint[], $2::bigint[], $3::uuid[]) \
-                 u(shard, id, message_id) WHERE {matched} RETURNING o.*) \
-                 INSERT INTO {processed} (position, {MESSAGE}, key_seq) SELECT id, {MESSAGE}, key_seq FROM gone ORDER BY id"
+            settle: statement(format!(
+                "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} AND {ours} RETURNING o.*), \
+                 {archived}\
+                 dying AS (DELETE FROM {outbox} o USING \
+                     unnest($7::smallint[], $8::bigint[], $9::uuid[], $10::bigint[], $11::text[]) \
+                     u(shard, id, message_id, attempts, reason) \
+                     WHERE {matched} AND {ours} RETURNING o.*, u.attempts, u.reason), \
+                 buried AS ({bury}), \
+                 cleared AS (DELETE FROM {hold} h USING \
+                     unnest($12::smallint[], $13::text[], $14::text[], $15::bytea[], $16::bigint[]) \
+                     u(shard, scope, topic, key, message) WHERE h.shard = u.shard AND h.scope = u.scope \
+                     AND h.topic = u.topic AND h.key = u.key AND h.message = u.message AND {ours}), \
+                 put AS (INSERT INTO {hold} (shard, scope, topic, key, message, head, head_message_id, attempts, parked, \
+                                             due_at, reason) \
+                     SELECT shard, scope, topic, key, message, head, head_message_id, attempts, parked, \
+                            clock_timestamp() + due_in * interval '1 millisecond', reason \
+                       FROM unnest($17::smallint[], $18::text[], $19::text[], $20::bytea[], $21::bigint[], $22::bigint[], \
+                                   $23::uuid[], $24::bigint[], $25::boolean[], $26::bigint[], $27::text[]) \
+                            u(shard, scope, topic, key, message, head, head_message_id, attempts, parked, due_in, reason) \
+                      WHERE {ours} \
+                     ON CONFLICT (shard, scope, topic, key, message) DO UPDATE SET head = excluded.head, \
+                        head_message_id = excluded.head_message_id, attempts = excluded.attempts, \
+                        parked = excluded.parked, due_at = excluded.due_at, reason = excluded.reason) \
+                 SELECT shard FROM held"
             )),
             bury: statement(format!(
-                "WITH gone AS (DELETE FROM {outbox} o USING unnest($1::smallint[], $2::bigint[], $3::uuid[], $4::bigint[], \
-                 $5::text[]) u(shard, id, message_id, attempts, reason) WHERE {matched} RETURNING o.*, u.attempts, u.reason) \
-                 INSERT INTO {dead} ({dead_columns}, attempts, reason) \
-                 SELECT id, {MESSAGE}, key_seq, attempts, reason FROM gone \
-                 ON CONFLICT (position, message_id) DO UPDATE SET attempts = excluded.attempts, reason = excluded.reason"
-            )),
-            hold_put: statement(format!(
-                "INSERT INTO {hold} (shard, scope, topic, key, message, head, head_message_id, attempts, parked, due_at, reason) \
-                 SELECT shard, scope, topic, key, message, head, head_message_id, attempts, parked, \
-                        clock_timestamp() + due_in * interval '1 millisecond', reason \
-                   FROM unnest($1::smallint[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[], $7::uuid[], \
-                               $8::bigint[], $9::boolean[], $10::bigint[], $11::text[]) \
-                        u(shard, scope, topic, key, message, head, head_message_id, attempts, parked, due_in, reason) \
-                 ON CONFLICT (shard, scope, topic, key, message) DO UPDATE SET head = excluded.head, \
-                    head_message_id = excluded.head_message_id, attempts = excluded.attempts, parked = excluded.parked, \
-                    due_at = excluded.due_at, reason = excluded.reason"
-            )),
-            hold_clear: statement(format!(
-                "DELETE FROM {hold} h USING unnest($1::smallint[], $2::text[], $3::text[], $4::bytea[], $5::bigint[]) \
-                 u(shard, scope, topic, key, message) WHERE h.shard = u.shard AND h.scope = u.scope AND h.topic = u.topic \
-                 AND h.key = u.key AND h.message = u.message"
+                "WITH dying AS (DELETE FROM {outbox} o WHERE shard = $1 AND id = $2 AND message_id = $3 \
+                 RETURNING o.*, $4::bigint AS attempts, $5::text AS reason) {bury}"
             )),
 
             parked: statement(format!(

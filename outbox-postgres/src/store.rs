@@ -7,11 +7,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use outbox_core::{
     Capabilities, Count, DeadLetters, Epoch, Hold, LeaseRequest, LeaseStatus, Leases, Membership,
-    OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result, Retention, Scheduled, Settled,
-    Settlement, Shard, ShardSettlement, Stats, WakeUp, millis,
+    OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement,
+    Shard, ShardSettlement, Stats, WakeUp, millis,
 };
 use sqlx::Row;
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgArguments, PgRow, Postgres};
+use sqlx::query::Query;
 use uuid::Uuid;
 
 use crate::config::PostgresConfig;
@@ -72,67 +73,41 @@ impl PostgresStore {
         })
     }
 
-    /// What deliveries alone need: one statement, fenced.
-    async fn deliver(&self, settlement: &Settlement) -> Result<Vec<Shard>> {
-        let refs = Refs::new(settlement.shards.iter());
-        let mut session = self.settle.open("settle").await?;
-        let rows = session
-            .rows(
-                fenced(&self.sql.deliver, settlement)
-                    .bind(refs.shards)
-                    .bind(refs.positions)
-                    .bind(refs.ids),
-            )
-            .await?;
-        session.finish().await?;
-        shards(&rows)
-    }
-
-    /// Everything, in one transaction.
-    async fn settle_all(&self, settlement: &Settlement) -> Result<Vec<Shard>> {
-        let mut session = self.settle.begin("settle").await?;
-        let held = shards(&session.rows(fenced(&self.sql.fence, settlement)).await?)?;
-        let kept = || settlement.shards.iter().filter(|part| held.contains(&part.shard));
-        if kept().any(|part| !part.delivered.is_empty()) {
-            let refs = Refs::new(kept());
-            let statement = if self.config.archive {
-                &self.sql.archive
-            } else {
-                &self.sql.deliver_in_transaction
-            };
-            session
-                .changed(
-                    statement
-                        .query()
-                        .bind(refs.shards)
-                        .bind(refs.positions)
-                        .bind(refs.ids),
-                )
-                .await?;
+    /// The statement that settles: the short one where there are deliveries and nothing else.
+    fn settling<'q>(&self, settlement: &Settlement) -> Query<'q, Postgres, PgArguments> {
+        let parts = || settlement.shards.iter();
+        if !self.config.archive && parts().all(ShardSettlement::is_deliveries_only) {
+            return bind_deliveries(fenced(&self.sql.deliver, settlement), settlement);
         }
-        let deaths: Vec<Burial<'_>> = kept()
-            .flat_map(|part| {
-                part.dead.iter().map(|death| Burial {
-                    shard: part.shard,
-                    record: death.record,
-                    attempts: death.attempts,
-                    reason: &death.reason,
-                })
-            })
-            .collect();
-        bury(&mut session, &self.sql, &deaths).await?;
+        let dead = || parts().flat_map(|part| part.dead.iter().map(|death| (part.shard, death)));
         let mut holds = HoldChanges::default();
-        for part in kept() {
+        for part in parts() {
             part.holds.iter().for_each(|change| holds.add(part.shard, change));
         }
-        if let Some(clear) = holds.clear(&self.sql) {
-            session.changed(clear).await?;
-        }
-        if let Some(put) = holds.put(&self.sql) {
-            session.changed(put).await?;
-        }
-        session.finish().await?;
-        Ok(held)
+        holds.bind(
+            bind_deliveries(fenced(&self.sql.settle, settlement), settlement)
+                .bind(dead().map(|(shard, _)| small(shard)).collect::<Vec<i16>>())
+                .bind(
+                    dead()
+                        .map(|(_, death)| death.record.position.0)
+                        .collect::<Vec<i64>>(),
+                )
+                .bind(
+                    dead()
+                        .map(|(_, death)| death.record.id.as_uuid())
+                        .collect::<Vec<Uuid>>(),
+                )
+                .bind(
+                    dead()
+                        .map(|(_, death)| i64::from(death.attempts))
+                        .collect::<Vec<i64>>(),
+                )
+                .bind(
+                    dead()
+                        .map(|(_, death)| storable(&death.reason))
+                        .collect::<Vec<String>>(),
+                ),
+        )
     }
 }
 
@@ -229,13 +204,9 @@ impl OutboxStore for PostgresStore {
     }
 
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
-        let simple =
-            !self.config.archive && settlement.shards.iter().all(ShardSettlement::is_deliveries_only);
-        let held = if simple {
-            self.deliver(settlement).await?
-        } else {
-            self.settle_all(settlement).await?
-        };
+        let mut session = self.settle.open("settle").await?;
+        let held = shards(&session.rows(self.settling(settlement)).await?)?;
+        session.finish().await?;
         Ok(Settled {
             lost: settlement
                 .shards
@@ -328,10 +299,7 @@ pub(crate) fn epochs(shards: &[OwnedShard]) -> (Vec<i16>, Vec<i64>) {
 }
 
 /// A statement whose first parameters are the fence.
-fn fenced<'q>(
-    statement: &Statement,
-    settlement: &Settlement,
-) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
+fn fenced<'q>(statement: &Statement, settlement: &Settlement) -> Query<'q, Postgres, PgArguments> {
     let (shards, epochs): (Vec<i16>, Vec<i64>) = settlement
         .shards
         .iter()
@@ -349,73 +317,25 @@ pub(crate) fn shards(rows: &[PgRow]) -> Result<Vec<Shard>> {
     rows.iter().map(|row| shard(row, 0).during("settle")).collect()
 }
 
-/// Delivered records as arrays.
-struct Refs {
-    shards: Vec<i16>,
-    positions: Vec<i64>,
-    ids: Vec<Uuid>,
-}
-
-impl Refs {
-    fn new<'s>(parts: impl Iterator<Item = &'s ShardSettlement>) -> Self {
-        let mut refs = Self {
-            shards: Vec::new(),
-            positions: Vec::new(),
-            ids: Vec::new(),
-        };
-        for part in parts {
-            for record in &part.delivered {
-                refs.shards.push(small(part.shard));
-                refs.positions.push(record.position.0);
-                refs.ids.push(record.id.as_uuid());
-            }
+/// Binds delivered records as arrays.
+fn bind_deliveries<'q>(
+    query: Query<'q, Postgres, PgArguments>,
+    settlement: &Settlement,
+) -> Query<'q, Postgres, PgArguments> {
+    let most = settlement.shards.iter().map(|part| part.delivered.len()).sum();
+    let (mut shards, mut positions, mut ids) = (
+        Vec::<i16>::with_capacity(most),
+        Vec::<i64>::with_capacity(most),
+        Vec::<Uuid>::with_capacity(most),
+    );
+    for part in &settlement.shards {
+        for record in &part.delivered {
+            shards.push(small(part.shard));
+            positions.push(record.position.0);
+            ids.push(record.id.as_uuid());
         }
-        refs
     }
-}
-
-/// A message to be moved to the dead letters.
-pub(crate) struct Burial<'b> {
-    pub(crate) shard: Shard,
-    pub(crate) record: RecordRef,
-    pub(crate) attempts: u32,
-    pub(crate) reason: &'b str,
-}
-
-/// Moves messages to the dead letters, those that are there.
-pub(crate) async fn bury(session: &mut Session, sql: &Sql, burials: &[Burial<'_>]) -> Result<()> {
-    if burials.is_empty() {
-        return Ok(());
-    }
-    let each = || burials.iter();
-    session
-        .changed(
-            sql.bury
-                .query()
-                .bind(each().map(|burial| small(burial.shard)).collect::<Vec<i16>>())
-                .bind(
-                    each()
-                        .map(|burial| burial.record.position.0)
-                        .collect::<Vec<i64>>(),
-                )
-                .bind(
-                    each()
-                        .map(|burial| burial.record.id.as_uuid())
-                        .collect::<Vec<Uuid>>(),
-                )
-                .bind(
-                    each()
-                        .map(|burial| i64::from(burial.attempts))
-                        .collect::<Vec<i64>>(),
-                )
-                .bind(
-                    each()
-                        .map(|burial| storable(burial.reason))
-                        .collect::<Vec<String>>(),
-                ),
-        )
-        .await?;
-    Ok(())
+    query.bind(shards).bind(positions).bind(ids)
 }
 
 /// How far large tables are counted.
