@@ -44,7 +44,7 @@ pub use message::{
     Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,
     RESERVED_HEADER_PREFIX, check_topic, is_reserved_header,
 };
-pub use relay::{Backoff, OnFailure, Relay, RelayConfig};
+pub use relay::{Backoff, Health, OnFailure, Relay, RelayConfig, Vitals};
 pub use retention::Retention;
 pub use scheduled::{Promotion, Scheduled};
 pub use settle::{Death, Settled, Settlement, ShardSettlement};
