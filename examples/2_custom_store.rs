@@ -13,9 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use outbox::{
     Capabilities, Count, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, HoldChange, HoldScope,
-    HoldState, LeaseRequest, LeaseTable, Leases, Limits, Membership, MemorySink, Message, Ordering,
-    OutboxStore, OwnedShard, Parking, Parts, Position, Reader, Record, Relay, RelayId, Result, Retention,
-    Scheduled, Settled, Settlement, Shard, Stats, StoreMillis, WakeUp, shard_of,
+    HoldState, Inspection, LeaseRequest, LeaseTable, Leases, Limits, Membership, MemorySink, Message,
+    Ordering, OutboxStore, OwnedShard, Parking, Parts, Position, Reader, Record, Relay, RelayId, Result,
+    Retention, Scheduled, Settled, Settlement, Shard, Stats, StoreMillis, WakeUp, shard_of,
 };
 
 const SHARDS: u16 = 4;
@@ -228,6 +228,10 @@ impl OutboxStore for MyStore {
     }
 
     fn parking(&self) -> Option<&dyn Parking> {
+        None
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
         None
     }
 

@@ -70,6 +70,18 @@ pub(crate) enum Command {
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
 
+    /// Tell why a message, a key or a topic is still here, and what to do about it
+    ///
+    /// A message's id finds it wherever it stands: in the outbox, scheduled, in the archive, in the dead letters. Ids
+    /// need not be unique; all places are told. There is no index on them, so the oldest messages of the outbox are
+    /// searched, as many as --search says.
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(ExplainArgs),
+
+    /// Try what is parked again, from the first attempt: the short way to `outbox parked resume`
+    #[command(after_help = RESUME_EXAMPLES)]
+    Resume(ParkedChoice),
+
     /// Make the outbox's tables, or bring them up to date
     #[command(after_help = MIGRATE_EXAMPLES)]
     Migrate(MigrateArgs),
@@ -122,6 +134,14 @@ pub(crate) struct RelayArgs {
     /// Stop when nothing is left that could be delivered now; the answer is no (1) when something remains
     #[arg(long)]
     pub(crate) drain: bool,
+
+    /// Serve /metrics, /health/live and /health/ready over HTTP here: a port of this machine's own, or an address
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<String>,
+
+    /// Allow --listen an address that others can reach; anybody there may read what is served
+    #[arg(long)]
+    pub(crate) listen_public: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -144,6 +164,37 @@ pub(crate) struct StatusArgs {
     /// Answer no (1) when there are more dead letters than this
     #[arg(long, value_name = "N")]
     pub(crate) max_dead: Option<u64>,
+}
+
+#[derive(Debug, ClapArgs)]
+#[command(group = clap::ArgGroup::new("subject").args(["message", "topic"]).required(true))]
+pub(crate) struct ExplainArgs {
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    /// A message, by its id
+    #[arg(long, value_name = "ID")]
+    pub(crate) message: Option<String>,
+
+    /// A topic, or with --key one of its keys
+    #[arg(long)]
+    pub(crate) topic: Option<String>,
+
+    /// A key of the topic
+    #[arg(long, requires = "topic")]
+    pub(crate) key: Option<String>,
+
+    /// The key is given in hexadecimal
+    #[arg(long, requires = "key")]
+    pub(crate) hex: bool,
+
+    /// Search at most so many messages, the oldest first
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub(crate) search: usize,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -309,6 +360,8 @@ Examples:
   outbox relay --config outbox.toml
   outbox relay --config outbox.toml --drain          stops when the outbox is empty
   outbox relay --config outbox.toml --log-format json --log info,librdkafka=debug
+  outbox relay --config outbox.toml --listen 9090    then: curl localhost:9090/health/ready
+  outbox relay --config outbox.toml --listen 0.0.0.0:9090 --listen-public
   OUTBOX_RELAY__LEASE=30s OUTBOX_SINK__OPTIONS__SASL_PASSWORD=... outbox relay --config outbox.toml
 
 Every setting can be given in the environment, which has the last word: OUTBOX_SECTION__FIELD.";
@@ -319,6 +372,24 @@ Examples:
   outbox status --config outbox.toml --watch         every 2 s; --watch 500ms
   outbox status --config outbox.toml --json | jq .backlog
   outbox status --config outbox.toml --max-age 5m --max-dead 0      for a probe: exit code 1 when exceeded";
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  outbox explain --config outbox.toml --message 018f3f2e-7c1a-7000-8000-000000000001
+  outbox explain --config outbox.toml --topic orders --key 42
+  outbox explain --config outbox.toml --topic orders --key ff00 --hex
+  outbox explain --config outbox.toml --topic orders
+  outbox explain --config outbox.toml --topic orders --key 42 --json | jq .places[].causes
+
+Exit code 1 when it is not here: nothing of it is undelivered, and a message is in no other place either.";
+
+const RESUME_EXAMPLES: &str = "\
+Examples:
+  outbox resume --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
+  outbox resume --config outbox.toml --all
+
+What is parked goes by the message that failed: `outbox parked list` shows it, `outbox explain` says why.
+Exit code 1 when one of the named messages is not parked (any more).";
 
 const MIGRATE_EXAMPLES: &str = "\
 Examples:

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod exit;
+mod listen;
 mod logging;
 mod output;
 mod settings;

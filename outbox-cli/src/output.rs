@@ -3,6 +3,7 @@
 //! Nothing here panics when a reader has gone: `outbox status | head -1` is no defect.
 
 use std::io::{self, IsTerminal, Write};
+use std::time::SystemTime;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Color, Table, TableComponent};
@@ -55,6 +56,25 @@ pub(crate) fn table<const N: usize>(header: [&str; N]) -> Table {
         .set_header(header);
     table
 }
+
+/// A table of names and values, without a head.
+pub(crate) fn fields() -> Table {
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    table
+}
+
+/// A time as all times of this program. Rows written by hand may name times that no calendar has.
+pub(crate) fn time(time: SystemTime) -> String {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok();
+    match since.filter(|since| since.as_secs() < YEAR_10000) {
+        Some(_) => humantime::format_rfc3339_millis(time).to_string(),
+        None => "out of range".to_owned(),
+    }
+}
+
+/// In seconds since 1970.
+const YEAR_10000: u64 = 253_402_300_800;
 
 /// A cell with a number, which stands at the right.
 pub(crate) fn number(value: impl ToString) -> Cell {

@@ -320,7 +320,7 @@ impl<'a> Line<'a> {
 }
 
 /// Bytes as text, or as `{"hex": …}` where they are none.
-struct Text<'a>(&'a [u8]);
+pub(crate) struct Text<'a>(pub(crate) &'a [u8]);
 
 impl Serialize for Text<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

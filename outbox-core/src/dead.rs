@@ -7,7 +7,7 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 use crate::fetch::RecordRef;
-use crate::message::Message;
+use crate::message::{Message, MessageId};
 
 /// A message taken out of the flow, whole, with its reason.
 ///
@@ -50,6 +50,8 @@ pub struct DeadLetter {
 pub struct DeadLetterQuery {
     /// Only of this topic. Default: all.
     pub topic: Option<Arc<str>>,
+    /// Only those with one of these ids; several may share one. Default: all.
+    pub ids: Option<Vec<MessageId>>,
     /// Only after this one, for the next page. Default: from the start.
     pub after: Option<RecordRef>,
     /// At most so many. Default: 100.
@@ -60,6 +62,7 @@ impl Default for DeadLetterQuery {
     fn default() -> Self {
         Self {
             topic: None,
+            ids: None,
             after: None,
             limit: 100,
         }
@@ -73,7 +76,8 @@ impl Default for DeadLetterQuery {
 ///   `dead_letter_discard`).
 /// - A message that is given up **MUST** be here, whole, or still in the outbox: it is never in neither
 ///   (`dead_letter_keeps_whole`, `nothing_is_stranded`). It is named by position and id
-///   (`dead_letters_may_share_an_id`), and is found by both (`dead_letter_list_pages`, `dead_letter_list_by_topic`).
+///   (`dead_letters_may_share_an_id`), is found by both, by id
+///   and by topic (`dead_letter_list_pages`, `dead_letter_list_by_id`, `dead_letter_list_by_topic`).
 /// - A requeued message **MUST** keep its id, topic, key, payload and headers and gets a new position behind all
 ///   others: it is delivered out of its first order, which consumers must be told (`dead_letter_requeue_whole`).
 ///

@@ -14,9 +14,33 @@
 //! assert!(serde_json::from_str::<Config>(r#"{"timeout": "soon"}"#).is_err());
 //! ```
 
+use std::fmt;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serializer};
+use serde::de::{Error, Unexpected, Visitor};
+use serde::{Deserializer, Serializer};
+
+/// A duration in at most two units, for answers.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::human::short;
+///
+/// let shown = [0, 250, 1_250, 61_000, 3_725_000, 90_061_000].map(|millis| short(Duration::from_millis(millis)));
+/// assert_eq!(shown, ["0s", "250ms", "1.2s", "1m 1s", "1h 2m", "1day 1h"]);
+/// ```
+#[must_use]
+pub fn short(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let rounded = match seconds {
+        0 => Duration::from_millis(duration.subsec_millis().into()),
+        1..60 => return format!("{seconds}.{}s", duration.subsec_millis() / 100),
+        60..3_600 => Duration::from_secs(seconds),
+        3_600..86_400 => Duration::from_secs(seconds / 60 * 60),
+        _ => Duration::from_secs(seconds / 3_600 * 3_600),
+    };
+    humantime::format_duration(rounded).to_string()
+}
 
 /// Writes a duration as people do.
 ///
@@ -40,6 +64,7 @@ pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok
 /// Reads a duration as people write it.
 ///
 /// # Errors
+<<<<<<< HEAD
 /// When it is no text, or no duration.
 ///
 /// # Example
@@ -52,11 +77,23 @@ pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok
 /// let config: Config = serde_json::from_str(r#"{"lease": "250ms"}"#).unwrap();
 /// assert_eq!(config.lease.as_millis(), 250);
 /// ```
+=======
+/// When it is no text, or no duration. What was found is for the deserializer to show, or to hide.
+>>>>>>> ops
 pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map_err(|error| {
-        serde::de::Error::custom(format_args!(
-            "{text:?} is no duration ({error}), expected for example \"10s\""
-        ))
-    })
+    deserializer.deserialize_str(Text)
+}
+
+struct Text;
+
+impl Visitor<'_> for Text {
+    type Value = Duration;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a duration such as \"10s\", \"250ms\" or \"1h 30m\"")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Duration, E> {
+        humantime::parse_duration(text).map_err(|_| E::invalid_value(Unexpected::Str(text), &self))
+    }
 }

@@ -6,12 +6,14 @@ pub mod conformance;
 mod dead;
 mod enqueue;
 mod error;
+mod explain;
 mod fetch;
 mod headers;
 mod hold;
 pub mod human;
 mod identifier;
 mod inbox;
+mod inspect;
 mod lease;
 mod memory;
 mod message;
@@ -29,18 +31,20 @@ pub use clock::{Clock, MonotonicClock};
 pub use dead::{DeadLetter, DeadLetterQuery, DeadLetters};
 pub use enqueue::Enqueue;
 pub use error::{Error, ErrorKind, Result};
+pub use explain::{Cause, Explained, Explanation, explain};
 pub use fetch::{FetchRequest, Fetched, Held, InFlight, Record, RecordRef, Reread, RereadScope};
 pub use headers::Headers;
 pub use hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState, Parking};
 pub use identifier::Identifier;
 pub use inbox::{Inbox, MIN_INBOX_AGE, Receive, check_age};
+pub use inspect::{Facts, Inspection, MAX_PLACES, Place, Standing, Subject};
 pub use lease::{LeaseRequest, LeaseRow, LeaseTable, Leases, Membership, RelayId, StoreMillis, millis};
 pub use memory::{MemoryConfig, MemoryFault, MemoryInbox, MemorySink, MemoryStore, MemoryTransaction};
 pub use message::{
     Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,
     RESERVED_HEADER_PREFIX, check_topic, is_reserved_header,
 };
-pub use relay::{Backoff, OnFailure, Relay, RelayConfig};
+pub use relay::{Backoff, Health, OnFailure, Relay, RelayConfig, Vitals};
 pub use retention::Retention;
 pub use scheduled::{Promotion, Scheduled};
 pub use settle::{Death, Settled, Settlement, ShardSettlement};

@@ -11,6 +11,7 @@ use crate::dead::DeadLetters;
 use crate::error::Result;
 use crate::fetch::{FetchRequest, Fetched};
 use crate::hold::{Hold, Parking};
+use crate::inspect::Inspection;
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId};
 use crate::retention::Retention;
 use crate::scheduled::Scheduled;
@@ -129,6 +130,9 @@ pub trait OutboxStore: Send + Sync + fmt::Debug + 'static {
 
     /// Parked keys and topics as operators see them, if the store lets them be resumed.
     fn parking(&self) -> Option<&dyn Parking>;
+
+    /// The facts about a message, a key or a topic, if the store can look them up.
+    fn inspection(&self) -> Option<&dyn Inspection>;
 
     /// A hint that there may be work, if the store has one cheaper than polling.
     fn wake_up(&self) -> Option<Box<dyn WakeUp>>;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use outbox_core::conformance::{StoreHarness, report_store};
 use outbox_core::{
-    Capabilities, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, LeaseRequest, Leases,
-    Membership, MemoryConfig, MemoryStore, MemoryTransaction, Message, MessageId, OutboxStore, OwnedShard,
-    Parking, Position, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement, Stats, WakeUp,
+    Capabilities, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, Inspection, LeaseRequest,
+    Leases, Membership, MemoryConfig, MemoryStore, MemoryTransaction, Message, MessageId, OutboxStore,
+    OwnedShard, Parking, Position, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement, Stats,
+    WakeUp,
 };
 
 /// One topic, no keys, no headers, JSON only, ids made of positions, no power at all: an events table of old.
@@ -80,6 +81,10 @@ impl OutboxStore for PlainStore {
     }
 
     fn parking(&self) -> Option<&dyn Parking> {
+        None
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
         None
     }
 

@@ -47,6 +47,7 @@ CREATE TABLE "{prefix}_dead" (
     died_at      INTEGER NOT NULL DEFAULT ({now}),
     PRIMARY KEY (position, message_id)
 );
+CREATE INDEX "{prefix}_dead_id" ON "{prefix}_dead" (message_id);
 
 -- Not before deliver_at (milliseconds since 1970); position and number are given at promotion.
 CREATE TABLE "{prefix}_scheduled" (

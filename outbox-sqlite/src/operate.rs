@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message, Ordering,
-    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard,
+    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message, MessageId,
+    Ordering, OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled,
+    Shard,
 };
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 
@@ -52,17 +53,21 @@ impl DeadLetters for SqliteStore {
                     // Before everything: no id is shorter.
                     None => (i64::MIN, Vec::new()),
                 };
-                connection
-                    .prepare_cached(&sql.dead_list)
-                    .and_then(|mut statement| {
-                        statement
-                            .query_map(
-                                params![query.topic.as_deref(), position, id, bound(query.limit)],
-                                |row| dead_letter(&mut rows, row),
-                            )?
-                            .collect()
-                    })
-                    .during(DURING)
+                let (topic, limit) = (query.topic.as_deref(), bound(query.limit));
+                let mut read = |row: &rusqlite::Row<'_>| dead_letter(&mut rows, row);
+                let listed = || -> rusqlite::Result<Vec<DeadLetter>> {
+                    match query.ids {
+                        None => connection
+                            .prepare_cached(&sql.dead_list)?
+                            .query_map(params![topic, position, id, limit], &mut read)?
+                            .collect(),
+                        Some(ids) => connection
+                            .prepare_cached(&sql.dead_list_by_id)?
+                            .query_map(params![topic, position, id, limit, hex_list(&ids)], &mut read)?
+                            .collect(),
+                    }
+                };
+                listed().during(DURING)
             })
             .await
     }
@@ -271,6 +276,15 @@ impl Retention for SqliteStore {
         }
         Ok(purged)
     }
+}
+
+/// Ids as one parameter: a JSON list of hexadecimal digits.
+fn hex_list(ids: &[MessageId]) -> String {
+    let ids: Vec<String> = ids
+        .iter()
+        .map(|id| format!("\"{}\"", id.as_uuid().simple()))
+        .collect();
+    format!("[{}]", ids.join(","))
 }
 
 /// A limit as SQLite takes it.

@@ -91,6 +91,7 @@ pub(crate) struct Sql {
     pub(crate) hold_unpark: String,
 
     pub(crate) dead_list: String,
+    pub(crate) dead_list_by_id: String,
     pub(crate) dead_requeue: String,
     pub(crate) dead_delete: String,
 
@@ -108,6 +109,13 @@ pub(crate) struct Sql {
     pub(crate) scheduled_count: String,
     pub(crate) processed_count: String,
 
+    pub(crate) search: String,
+    pub(crate) scheduled_by_id: String,
+    pub(crate) scheduled_bounded: String,
+    pub(crate) processed_by_id: String,
+    pub(crate) dead_by_id: String,
+    pub(crate) last_number: String,
+
     pub(crate) receive: String,
     pub(crate) forget: String,
 }
@@ -122,8 +130,17 @@ impl Sql {
         let processed = table("_processed");
         let lease = table("_lease");
         let relay = table("_relay");
+        let sequence = table("_sequence");
         let inbox = table("_inbox");
         let meta = table("_meta");
+        let dead_letter = format!("o.position, {READ}, o.key_seq, o.attempts, o.reason, o.died_at");
+        let dead_list = |condition: &str| {
+            format!(
+                "SELECT {dead_letter} FROM {dead} o \
+                 WHERE (?1 IS NULL OR o.topic = ?1) AND (o.position, o.message_id) > (?2, ?3) {condition} \
+                 ORDER BY o.position, o.message_id LIMIT ?4"
+            )
+        };
         // Names a hold by scope, topic, key and message.
         let hold_named = "scope = ?1 AND topic = ?2 AND key = ?3 AND message = ?4";
 
@@ -204,11 +221,9 @@ impl Sql {
                  RETURNING attempts, reason"
             ),
 
-            dead_list: format!(
-                "SELECT o.position, {READ}, o.key_seq, o.attempts, o.reason, o.died_at FROM {dead} o \
-                 WHERE (?1 IS NULL OR o.topic = ?1) AND (o.position, o.message_id) > (?2, ?3) \
-                 ORDER BY o.position, o.message_id LIMIT ?4"
-            ),
+            dead_list: dead_list(""),
+            // One statement more, so that it goes by the index on the ids.
+            dead_list_by_id: dead_list("AND o.message_id IN (SELECT unhex(value) FROM json_each(?5))"),
             dead_requeue: format!(
                 "INSERT INTO {outbox} ({MESSAGE}) SELECT {MESSAGE} FROM {dead} WHERE position = ?1 AND message_id = ?2"
             ),
@@ -236,6 +251,27 @@ impl Sql {
             dead_count: format!("SELECT count(*) FROM {dead}"),
             scheduled_count: format!("SELECT count(*) FROM {scheduled}"),
             processed_count: format!("SELECT count(*) FROM (SELECT 1 FROM {processed} LIMIT ?1)"),
+
+            // The outbox up to a bound, and of each row whether it is of the id, the topic, the topic and key.
+            search: format!(
+                "SELECT o.id, coalesce((?2 IS NULL OR o.message_id = ?2) AND (?3 IS NULL OR o.topic = ?3) \
+                 AND (?4 IS NULL OR CAST(o.key AS BLOB) = ?4), 0) FROM {outbox} o ORDER BY o.id LIMIT ?1"
+            ),
+            scheduled_by_id: format!(
+                "SELECT o.deliver_at, {READ}, NULL FROM {scheduled} o WHERE o.id IN \
+                 (SELECT s.id FROM (SELECT id, message_id FROM {scheduled} ORDER BY id LIMIT ?2) s \
+                  WHERE s.message_id = ?1 LIMIT ?3) ORDER BY o.id"
+            ),
+            scheduled_bounded: format!("SELECT count(*) FROM (SELECT 1 FROM {scheduled} LIMIT ?1)"),
+            processed_by_id: format!(
+                "SELECT o.position, {READ}, o.key_seq, o.processed_at FROM {processed} o WHERE o.rowid IN \
+                 (SELECT p.row FROM (SELECT rowid AS row, message_id FROM {processed} \
+                  ORDER BY processed_at DESC LIMIT ?2) p WHERE p.message_id = ?1 LIMIT ?3) ORDER BY o.position"
+            ),
+            dead_by_id: format!(
+                "SELECT {dead_letter} FROM {dead} o WHERE o.message_id = ?1 ORDER BY o.position LIMIT ?3"
+            ),
+            last_number: format!("SELECT last FROM {sequence} WHERE topic = ?1 AND key = ?2"),
 
             receive: format!(
                 "INSERT INTO {inbox} (consumer, message_id) VALUES (?1, ?2) ON CONFLICT DO NOTHING"

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outbox_core::{
-    Capabilities, Count, DeadLetters, Hold, HoldChange, LeaseRequest, LeaseRow, LeaseTable, Leases,
-    Membership, OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result, Retention, Scheduled,
-    Settled, Settlement, Shard, ShardSettlement, Stats, StoreMillis, WakeUp,
+    Capabilities, Count, DeadLetters, Hold, HoldChange, Inspection, LeaseRequest, LeaseRow, LeaseTable,
+    Leases, Membership, OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result, Retention,
+    Scheduled, Settled, Settlement, Shard, ShardSettlement, Stats, StoreMillis, WakeUp,
 };
 use rusqlite::{Connection, Transaction, params};
 
@@ -180,6 +180,10 @@ impl OutboxStore for SqliteStore {
     }
 
     fn parking(&self) -> Option<&dyn Parking> {
+        Some(self)
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
         Some(self)
     }
 

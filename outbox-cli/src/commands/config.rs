@@ -23,7 +23,7 @@ async fn check(settings: &Settings, connect: bool) -> Result<()> {
     let opened = sink.map(|sink| sink.open(&Gone::default())).transpose()?;
     let described = sink.map_or_else(|| "no sink".to_owned(), crate::settings::SinkSettings::describe);
     if connect {
-        settings.store.open()?.stats().await?;
+        settings.store.open().await?.stats().await?;
         output::line(format!(
             "store: {}: reached, schema as expected",
             settings.store.describe()

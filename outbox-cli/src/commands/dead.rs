@@ -43,7 +43,7 @@ pub(crate) async fn run(command: &DeadCommand) -> Result<Answer> {
             limit,
             json,
         } => {
-            let store = open(config)?;
+            let store = open(config).await?;
             let query = DeadLetterQuery {
                 topic: topic.as_deref().map(Arc::from),
                 limit: usize::try_from(*limit).unwrap_or(usize::MAX),
@@ -53,7 +53,7 @@ pub(crate) async fn run(command: &DeadCommand) -> Result<Answer> {
         }
         DeadCommand::Show { config, id } => {
             let id = super::message_ids(std::slice::from_ref(id))?[0];
-            let store = open(config)?;
+            let store = open(config).await?;
             show(letters(&*store)?, id).await
         }
         DeadCommand::Requeue(choice) => act(choice, true).await,
@@ -61,8 +61,8 @@ pub(crate) async fn run(command: &DeadCommand) -> Result<Answer> {
     }
 }
 
-fn open(config: &ConfigArgs) -> Result<Arc<dyn OutboxStore>> {
-    super::store(config)
+async fn open(config: &ConfigArgs) -> Result<Arc<dyn OutboxStore>> {
+    super::store(config).await
 }
 
 fn letters(store: &dyn OutboxStore) -> Result<&dyn DeadLetters> {
@@ -99,29 +99,27 @@ fn list(letters: &[DeadLetter], json: bool) -> Result<Answer> {
 }
 
 async fn show(letters: &dyn DeadLetters, id: MessageId) -> Result<Answer> {
-    let mut found = false;
-    for letter in all(letters, None).await? {
-        if letter.record.id == id {
-            output::json(&shown(&letter, true))?;
-            found = true;
-        }
+    let found = all(letters, None, Some(vec![id])).await?;
+    for letter in &found {
+        output::json(&shown(letter, true))?;
     }
-    if !found {
+    if found.is_empty() {
         output::notice(format!("there is no dead letter {id}"));
+        return Ok(Answer::No);
     }
-    Ok(if found { Answer::Yes } else { Answer::No })
+    Ok(Answer::Yes)
 }
 
 /// Requeues or discards what was chosen.
 async fn act(choice: &DeadChoice, requeue: bool) -> Result<Answer> {
     let wanted: BTreeSet<MessageId> = super::message_ids(&choice.which.ids)?.into_iter().collect();
-    let store = open(&choice.config)?;
+    let store = open(&choice.config).await?;
     let letters = letters(&*store)?;
-    let found: Vec<RecordRef> = all(letters, choice.topic.as_deref())
+    let ids = (!choice.which.all).then(|| wanted.iter().copied().collect());
+    let found: Vec<RecordRef> = all(letters, choice.topic.as_deref(), ids)
         .await?
         .iter()
         .map(|letter| letter.record)
-        .filter(|record| choice.which.all || wanted.contains(&record.id))
         .collect();
     let mut done = 0;
     for page in found.chunks(PAGE) {
@@ -156,10 +154,15 @@ async fn act(choice: &DeadChoice, requeue: bool) -> Result<Answer> {
     Ok(answer)
 }
 
-/// All dead letters, page by page.
-async fn all(letters: &dyn DeadLetters, topic: Option<&str>) -> Result<Vec<DeadLetter>> {
+/// All dead letters, or all with these ids, page by page.
+async fn all(
+    letters: &dyn DeadLetters,
+    topic: Option<&str>,
+    ids: Option<Vec<MessageId>>,
+) -> Result<Vec<DeadLetter>> {
     let mut query = DeadLetterQuery {
         topic: topic.map(Arc::from),
+        ids,
         limit: PAGE,
         ..DeadLetterQuery::default()
     };

@@ -1,12 +1,11 @@
 //! `outbox migrate`: makes the outbox, or brings it to this version.
 
-use outbox::sqlite;
 use serde::Serialize;
 
 use crate::args::MigrateArgs;
 use crate::exit::{Answer, Result};
 use crate::output;
-use crate::settings::StoreSettings;
+use crate::settings::Migration;
 
 /// What was done, for machines.
 #[derive(Serialize)]
@@ -18,17 +17,21 @@ struct Done {
     changed: bool,
 }
 
-pub(crate) fn run(args: &MigrateArgs) -> Result<Answer> {
+pub(crate) async fn run(args: &MigrateArgs) -> Result<Answer> {
     let settings = super::settings(&args.config)?;
-    let StoreSettings::Sqlite(config) = &settings.store;
     if args.print {
-        output::line(sqlite::migration_sql(config).trim_end())?;
+        output::line(settings.store.migration_sql().trim_end())?;
         return Ok(Answer::Yes);
     }
-    let sqlite::Migrated { from, to } = sqlite::migrate(config)?;
+    let Migration {
+        store,
+        prefix,
+        from,
+        to,
+    } = settings.store.migrate().await?;
     if args.json {
         output::json(&Done {
-            store: "sqlite",
+            store,
             from,
             to,
             changed: from != Some(to),
@@ -37,7 +40,7 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<Answer> {
     }
     let store = settings.store.describe();
     output::line(match from {
-        None => format!("made the outbox `{}`, version {to} ({store})", config.prefix),
+        None => format!("made the outbox `{prefix}`, version {to} ({store})"),
         Some(from) if from == to => format!("nothing to do: the outbox is at version {to} ({store})"),
         Some(from) => format!("brought the outbox from version {from} to {to} ({store})"),
     })?;

@@ -3,6 +3,7 @@
 mod config;
 mod dead;
 mod demo;
+mod explain;
 mod migrate;
 mod parked;
 mod relay;
@@ -12,7 +13,7 @@ mod status;
 use std::future::Future;
 use std::sync::Arc;
 
-use outbox::{MessageId, OutboxStore};
+use outbox::{Count, MessageId, OutboxStore};
 use tokio::runtime::Runtime;
 
 use crate::args::{Args, Command, ConfigArgs};
@@ -34,7 +35,9 @@ pub(crate) fn run(args: &Args) -> Result<Answer> {
         Command::Demo(args) => demo::run(args),
         Command::Relay(args) => block_on(relay::run(args)),
         Command::Status(args) => block_on(status::run(args)),
-        Command::Migrate(args) => migrate::run(args),
+        Command::Explain(args) => block_on(explain::run(args)),
+        Command::Resume(choice) => block_on(parked::resume(choice)),
+        Command::Migrate(args) => block_on(migrate::run(args)),
         Command::Dead(command) => block_on(dead::run(command)),
         Command::Parked(command) => block_on(parked::run(command)),
         Command::Config(command) => block_on(config::run(command)),
@@ -47,8 +50,17 @@ fn settings(args: &ConfigArgs) -> Result<Settings> {
 }
 
 /// The store that the command line names.
-fn store(args: &ConfigArgs) -> Result<Arc<dyn OutboxStore>> {
-    settings(args)?.store.open()
+async fn store(args: &ConfigArgs) -> Result<Arc<dyn OutboxStore>> {
+    settings(args)?.store.open().await
+}
+
+/// How sure a count is, in JSON.
+const fn sureness(count: Count) -> &'static str {
+    match count {
+        Count::Exact(_) => "exact",
+        Count::AtLeast(_) => "at_least",
+        Count::About(_) => "about",
+    }
 }
 
 /// Message ids as the user gave them.

@@ -33,13 +33,18 @@ struct Done {
 pub(crate) async fn run(command: &ParkedCommand) -> Result<Answer> {
     match command {
         ParkedCommand::List { config, limit, json } => {
-            let store = super::store(config)?;
+            let store = super::store(config).await?;
             let limit = usize::try_from(*limit).unwrap_or(usize::MAX);
             list(&parking(&*store)?.parked(limit).await?, *json)
         }
-        ParkedCommand::Resume(choice) => act(choice, true).await,
+        ParkedCommand::Resume(choice) => resume(choice).await,
         ParkedCommand::Bury(choice) => act(choice, false).await,
     }
+}
+
+/// `outbox resume` and `outbox parked resume`.
+pub(crate) async fn resume(choice: &ParkedChoice) -> Result<Answer> {
+    act(choice, true).await
 }
 
 fn parking(store: &dyn OutboxStore) -> Result<&dyn Parking> {
@@ -83,7 +88,7 @@ fn list(holds: &[Hold], json: bool) -> Result<Answer> {
 /// Resumes or buries what was chosen.
 async fn act(choice: &ParkedChoice, resume: bool) -> Result<Answer> {
     let wanted: BTreeSet<MessageId> = super::message_ids(&choice.which.ids)?.into_iter().collect();
-    let store = super::store(&choice.config)?;
+    let store = super::store(&choice.config).await?;
     let parking = parking(&*store)?;
     let (mut done, mut found) = (0, BTreeSet::new());
     for hold in parking

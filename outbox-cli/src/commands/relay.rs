@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use super::signals::Signals;
 use crate::args::RelayArgs;
 use crate::exit::{Answer, Code, Failure, Result};
+use crate::listen::{Address, Pages, Server, record_metrics};
 use crate::output;
 use crate::settings::{Settings, SinkSettings};
 use crate::stdout_sink::Gone;
@@ -17,14 +18,27 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
         Failure::new(Code::Unexpected, format!("listen for signals: {error}")).because(&error)
     })?;
     let settings = super::settings(&args.config)?;
-    let store = settings.store.open()?;
+    let store = settings.store.open().await?;
     let gone = Gone::default();
+    let address = address(args, &settings)?;
+    // Before the relay, so that it records what the relay counts.
+    let metrics = address.map(|_| record_metrics()).transpose()?;
     let relay = build(&settings, store.clone(), &gone)?;
     let id = relay.id().clone();
     // A store that is not there is told at once and by the exit code; later on the relay waits for it to come back.
     store.stats().await?;
 
     tracing::info!(relay = %id, store = settings.store.describe(), sink = settings.sink.as_ref().map(SinkSettings::describe), drain = args.drain, "relay starts");
+    // Dropped with this function: nothing is served when the relay has ended.
+    let _server = match address.zip(metrics) {
+        Some((address, metrics)) => {
+            let pages = Pages::new(metrics, relay.health(), settings.relay.config.lease);
+            let server = Server::start(&address, pages).await?;
+            tracing::info!(address = %server.address, "listening: /metrics, /health/live, /health/ready");
+            Some(server)
+        }
+        None => None,
+    };
     let (stop, stopped) = oneshot::channel::<()>();
     let shutdown = async {
         // The sender lives as long as the relay.
@@ -64,6 +78,13 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
         );
     }
     remaining(&*store, args.drain).await
+}
+
+/// Where to listen, if anywhere: the command line before the configuration.
+fn address(args: &RelayArgs, settings: &Settings) -> Result<Option<Address>> {
+    let public = args.listen_public || settings.relay.listen_public;
+    let address = args.listen.as_deref().or(settings.relay.listen.as_deref());
+    address.map(|address| Address::read(address, public)).transpose()
 }
 
 fn build(settings: &Settings, store: Arc<dyn OutboxStore>, gone: &Gone) -> Result<Relay> {

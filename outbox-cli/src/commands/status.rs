@@ -1,13 +1,14 @@
 //! `outbox status`: the state of the outbox, for people and for probes.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use comfy_table::{Cell, Color, Table};
+use outbox::human::short;
 use outbox::{OutboxStore, Stats};
 use serde::Serialize;
 
 use super::signals::Signals;
+use super::sureness;
 use crate::args::StatusArgs;
 use crate::exit::{Answer, Code, Failure, Result};
 use crate::output::{self, coloured, number};
@@ -41,7 +42,7 @@ struct Lease {
 }
 
 pub(crate) async fn run(args: &StatusArgs) -> Result<Answer> {
-    let store = super::store(&args.config)?;
+    let store = super::store(&args.config).await?;
     let Some(interval) = args.watch else {
         return show(args, &*store, &store.stats().await?);
     };
@@ -171,21 +172,6 @@ fn ranges(numbers: impl Iterator<Item = u16>) -> String {
     ranges.into_iter().map(show).collect::<Vec<_>>().join(", ")
 }
 
-/// A duration in at most two units.
-fn short(duration: Duration) -> String {
-    let rounded = match duration.as_secs() {
-        0 => Duration::from_millis(u64::try_from(duration.as_millis()).unwrap_or_default()),
-        1..60 => Duration::from_millis(u64::try_from(duration.as_millis() / 100 * 100).unwrap_or_default()),
-        60..3_600 => Duration::from_secs(duration.as_secs()),
-        3_600..86_400 => Duration::from_secs(duration.as_secs() / 60 * 60),
-        seconds => Duration::from_secs(seconds / 3_600 * 3_600),
-    };
-    match duration.as_secs() {
-        1..60 => format!("{:.1}s", rounded.as_secs_f64()),
-        _ => humantime::format_duration(rounded).to_string(),
-    }
-}
-
 fn report(store: &'static str, stats: &Stats, ok: bool) -> Report {
     Report {
         store,
@@ -213,14 +199,6 @@ fn report(store: &'static str, stats: &Stats, ok: bool) -> Report {
     }
 }
 
-const fn sureness(count: outbox::Count) -> &'static str {
-    match count {
-        outbox::Count::Exact(_) => "exact",
-        outbox::Count::AtLeast(_) => "at_least",
-        outbox::Count::About(_) => "about",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,14 +207,5 @@ mod tests {
     fn shards_are_shown_as_ranges() {
         assert_eq!(ranges([0, 1, 2, 5, 7, 8].into_iter()), "0–2, 5, 7–8");
         assert_eq!(ranges([].into_iter()), "");
-    }
-
-    #[test]
-    fn durations_are_short() {
-        let shown = |millis| short(Duration::from_millis(millis));
-        assert_eq!(
-            [0, 250, 1_250, 61_000, 3_725_000, 90_061_000].map(shown),
-            ["0s", "250ms", "1.2s", "1m 1s", "1h 2m", "1day 1h"]
-        );
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::value::{MapAccessDeserializer, SeqDeserializer, StringDeserializer, U64Deserializer};
+use serde::de::value::{MapAccessDeserializer, StringDeserializer};
 use serde::de::{
     DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, Expected, IntoDeserializer,
     MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
@@ -60,37 +60,6 @@ impl<'de> Deserializer<'de> for Reader {
         visitor.visit_newtype_struct(self)
     }
 
-    /// Durations are written as people write them ("10s"), not as serde's seconds and nanoseconds.
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        name: &'static str,
-        _: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Problem> {
-        if name != "Duration" {
-            return self.deserialize_any(visitor);
-        }
-        let origin = self.0.origin.clone();
-        let problem = |text: String, value: Option<String>| {
-            let mut problem = Problem::custom(text).at(origin.clone());
-            problem.value = value;
-            problem
-        };
-        let (Value::Text(text) | Value::Raw(text)) = &self.0.value else {
-            return Err(problem(EXPECTED_DURATION.to_owned(), self.0.value.shown()));
-        };
-        let duration = humantime::parse_duration(text).map_err(|error| {
-            problem(
-                format!("{EXPECTED_DURATION} ({error})"),
-                Some(format!("{text:?}")),
-            )
-        })?;
-        let parts = [duration.as_secs(), u64::from(duration.subsec_nanos())];
-        visitor.visit_seq(SeqDeserializer::<_, Problem>::new(
-            parts.into_iter().map(U64Deserializer::new),
-        ))
-    }
-
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         name: &'static str,
@@ -134,7 +103,7 @@ impl<'de> Deserializer<'de> for Reader {
     }
 
     forward_to_deserialize_any! {
-        i8 i16 i32 i128 u8 u128 f32 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map
+        i8 i16 i32 i128 u8 u128 f32 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
         identifier ignored_any
     }
 }
@@ -152,16 +121,6 @@ impl Reader {
 }
 
 impl Value {
-    fn shown(&self) -> Option<String> {
-        match self {
-            Self::Text(text) | Self::Raw(text) => Some(format!("{text:?}")),
-            Self::Integer(value) => Some(value.to_string()),
-            Self::Float(value) => Some(value.to_string()),
-            Self::Bool(value) => Some(value.to_string()),
-            Self::List(_) | Self::Table(_) => None,
-        }
-    }
-
     fn into_entries(self) -> std::collections::BTreeMap<String, Node> {
         match self {
             Self::Table(entries) => entries,
@@ -169,8 +128,6 @@ impl Value {
         }
     }
 }
-
-const EXPECTED_DURATION: &str = "expected a duration such as \"10s\", \"250ms\" or \"1h 30m\"";
 
 /// A table's entries.
 struct Entries {

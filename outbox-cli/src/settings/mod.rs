@@ -1,23 +1,23 @@
 //! The configuration: a TOML file with the environment over it.
 //!
 //! [`tree`] reads both into values that know where they stand, [`de`] gives them their meaning. Unknown settings are
-//! refused, and every complaint names the setting and its place. Values of the sink are never shown, because any of
-//! them may be, or be put in the place of, a secret.
+//! refused, and every complaint names the setting and its place. Values of the sink and the store's `url` are never
+//! shown, because any of them may be, or be put in the place of, a secret.
 
 mod de;
+mod store;
 mod tree;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use outbox::kafka::{KafkaConfig, KafkaSink};
-use outbox::sqlite::{SqliteConfig, SqliteStore};
-use outbox::{OutboxStore, RelayConfig, RelayId, Sink};
+use outbox::{RelayConfig, RelayId, Sink};
 use serde::de::DeserializeOwned;
 
 use self::de::Problem;
-use self::tree::{Node, Origin};
+pub(crate) use self::store::{Migration, StoreSettings};
+use self::tree::{Node, Origin, Value};
 use crate::exit::{Code, Failure, Result};
 use crate::stdout_sink::{Gone, StdoutSink};
 
@@ -31,12 +31,6 @@ pub(crate) struct Settings {
     /// None when no sink is configured, which only the relay minds.
     pub(crate) sink: Option<SinkSettings>,
     pub(crate) relay: RelaySettings,
-}
-
-/// `[store]`
-#[derive(Debug)]
-pub(crate) enum StoreSettings {
-    Sqlite(SqliteConfig),
 }
 
 /// `[sink]`
@@ -55,6 +49,10 @@ pub(crate) enum SinkSettings {
 pub(crate) struct RelaySettings {
     /// How the relay's id begins.
     pub(crate) name: String,
+    /// Where metrics and health are served; nowhere unless told.
+    pub(crate) listen: Option<String>,
+    /// Whether others may reach that.
+    pub(crate) listen_public: bool,
     pub(crate) config: RelayConfig,
 }
 
@@ -96,29 +94,6 @@ impl Settings {
             sink: sink.map(SinkSettings::read).transpose()?,
             relay: RelaySettings::read(relay.unwrap_or_else(Node::empty), &places)?,
         })
-    }
-}
-
-impl StoreSettings {
-    fn read(mut node: Node) -> Result<Self> {
-        match take_type("store", &mut node, "sqlite")?.as_str() {
-            "sqlite" => Ok(Self::Sqlite(read_section("store", node)?)),
-            other => Err(unknown_type("store", other, "sqlite")),
-        }
-    }
-
-    /// Opens the outbox, which must be there.
-    pub(crate) fn open(&self) -> Result<Arc<dyn OutboxStore>> {
-        match self {
-            Self::Sqlite(config) => Ok(Arc::new(SqliteStore::open(config.clone())?)),
-        }
-    }
-
-    /// What it is, for people.
-    pub(crate) fn describe(&self) -> String {
-        match self {
-            Self::Sqlite(config) => format!("sqlite {}", config.path.display()),
-        }
     }
 }
 
@@ -214,6 +189,15 @@ impl RelaySettings {
                 places.origin_of(&["relay", "name"])
             )));
         }
+        let listen = match node.take("listen") {
+            Some(listen) => Some(Self::read_listen(listen)?),
+            None => None,
+        };
+        let listen_public = match node.take("listen_public") {
+            Some(public) => de::read(public)
+                .map_err(|problem| complain(problem.within("listen_public").within("relay")))?,
+            None => false,
+        };
         let config: RelayConfig = read_section("relay", node)?;
         config.check().map_err(|error| {
             // The message begins with the field; its place is known here alone.
@@ -227,7 +211,20 @@ impl RelaySettings {
                 origin => wrong(format!("{origin}: {text}")),
             }
         })?;
-        Ok(Self { name, config })
+        Ok(Self {
+            name,
+            listen,
+            listen_public,
+            config,
+        })
+    }
+
+    /// An address, or a port, which may be a number.
+    fn read_listen(mut node: Node) -> Result<String> {
+        if let Value::Integer(port) = node.value {
+            node.value = Value::Text(port.to_string());
+        }
+        de::read(node).map_err(|problem| complain(problem.within("listen").within("relay")))
     }
 
     /// An id that no other relay has.
@@ -261,10 +258,19 @@ fn complain(problem: Problem) -> Failure {
         value,
     } = problem;
     let shown = value
-        .filter(|_| path.first().is_none_or(|section| section != "sink"))
+        .filter(|_| !is_secret(&path))
         .map(|value| format!(" (value: {value})"))
         .unwrap_or_default();
     wrong(format!("{origin}: {}: {text}{shown}", path.join(".")))
+}
+
+/// Whether a value may be a secret: anything of a sink, and the URL of a store.
+fn is_secret(path: &[String]) -> bool {
+    match path {
+        [section, ..] if section == "sink" => true,
+        [section, field, ..] => section == "store" && field.starts_with("url"),
+        _ => false,
+    }
 }
 
 fn wrong(text: String) -> Failure {

@@ -1,5 +1,7 @@
 //! What is understood, and what is refused how.
 
+use outbox::sqlite::SqliteConfig;
+
 use super::*;
 
 fn load(text: &str, environment: &[(&str, &str)]) -> Result<Settings> {
@@ -48,6 +50,8 @@ fn the_example_shows_all_settings_and_their_defaults() {
     let spelt = load(&written, &[]).unwrap();
     assert_eq!(spelt.relay.config, RelayConfig::default());
     assert_eq!(spelt.relay.name, shown.relay.name);
+    assert_eq!((&shown.relay.listen, shown.relay.listen_public), (&None, false));
+    assert_eq!(spelt.relay.listen.as_deref(), Some("127.0.0.1:9090"));
     let StoreSettings::Sqlite(store) = spelt.store;
     assert_eq!(store, SqliteConfig::new("app.db"));
     assert_eq!(kafka(&written, &[]), KafkaConfig::new("localhost:9092"));
@@ -136,7 +140,15 @@ fn complaints_name_place_setting_value_and_range() {
         ),
         (
             "[relay]\nlease = 'soon'",
-            "configuration: o.toml:5:1: relay.lease: expected a duration such as",
+            "configuration: o.toml:5:1: relay.lease: expected a duration such as \"10s\", \"250ms\" or \"1h 30m\" (value: \"soon\")",
+        ),
+        (
+            "[relay]\nretry = { initial = 5, max = '1s' }",
+            "configuration: o.toml:5:11: relay.retry.initial: expected a duration such as \"10s\", \"250ms\" or \"1h 30m\" (value: 5)",
+        ),
+        (
+            "[relay]\nlisten = true",
+            "configuration: o.toml:5:1: relay.listen: expected a string (value: true)",
         ),
         (
             "[relay]\nbatch_rows = 'many'",
@@ -228,6 +240,45 @@ fn values_of_the_sink_are_never_shown() {
         );
         assert!(!line.contains("canary"), "{sink}: {line}");
     }
+}
+
+#[test]
+fn a_store_s_url_is_never_shown() {
+    for url in [
+        "url = 'postgres://relay:canary@db/app'",
+        "url = ['canary']",
+        "url.password = 'canary'",
+        "url_from_file = 'canary'",
+    ] {
+        let line = refusal(&format!("{STORE}{url}\n"), &[]);
+        assert!(
+            line.contains("store.url") && !line.contains("canary"),
+            "{url}: {line}"
+        );
+    }
+    let line = refusal(STORE, &[("OUTBOX_STORE__URL", "postgres://relay:canary@db/app")]);
+    assert!(
+        line.contains("OUTBOX_STORE__URL: store.url") && !line.contains("canary"),
+        "{line}"
+    );
+}
+
+#[test]
+fn where_to_listen_may_be_a_number() {
+    let listen = |section: &str, environment: &[(&str, &str)]| {
+        load(&format!("{STORE}[relay]\n{section}\n"), environment)
+            .unwrap()
+            .relay
+    };
+    assert_eq!(listen("listen = 9090", &[]).listen.as_deref(), Some("9090"));
+    let public = listen(
+        "listen = ':9090'\nlisten_public = true",
+        &[("OUTBOX_RELAY__LISTEN", "0.0.0.0:80")],
+    );
+    assert_eq!(
+        (public.listen.as_deref(), public.listen_public),
+        (Some("0.0.0.0:80"), true)
+    );
 }
 
 #[test]

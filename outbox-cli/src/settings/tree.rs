@@ -111,6 +111,14 @@ impl Node {
         self.entries()?.remove(name)
     }
 
+    /// An entry of a table.
+    pub(super) fn get(&self, name: &str) -> Option<&Self> {
+        match &self.value {
+            Value::Table(entries) => entries.get(name),
+            _ => None,
+        }
+    }
+
     /// Where the entry at this path stands.
     pub(super) fn origin_of(&self, path: &[&str]) -> Origin {
         let mut node = self;

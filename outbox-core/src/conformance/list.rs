@@ -83,6 +83,7 @@ macro_rules! __for_each_store_scenario {
 
             dead::dead_letter_keeps_whole [DeadLetters];
             dead::dead_letter_list_pages [DeadLetters];
+            dead::dead_letter_list_by_id [DeadLetters];
             dead::dead_letter_list_by_topic [DeadLetters, Topics];
             dead::dead_letter_requeue_once [DeadLetters];
             dead::dead_letter_requeue_whole [DeadLetters];
@@ -96,6 +97,16 @@ macro_rules! __for_each_store_scenario {
             parking::parked_is_buried [Parking, DeadLetters];
             parking::only_parked_is_resumed [Parking];
             parking::parked_topic_is_not_buried [Parking];
+
+            inspection::inspection_finds_every_place [Inspection];
+            inspection::inspection_finds_all_of_an_id [Inspection, MessageIds];
+            inspection::inspection_finds_head [Inspection, Keys];
+            inspection::inspection_finds_first_of_topic [Inspection, Topics];
+            inspection::inspection_tells_line [Inspection];
+            inspection::inspection_tells_holds [Inspection];
+            inspection::inspection_tells_owners [Inspection];
+            inspection::inspection_tells_last_number [Inspection, Sequenced, Keys];
+            inspection::inspection_keeps_its_bound [Inspection];
 
             scheduled::scheduled_waits [Scheduled];
             scheduled::scheduled_in_order [Scheduled];

@@ -73,6 +73,8 @@ pub enum StoreNeed {
     Retention,
     /// Parked keys can be resumed.
     Parking,
+    /// Messages, keys and topics can be inspected.
+    Inspection,
     /// Commits give a hint.
     WakeUp,
 }
@@ -130,6 +132,7 @@ impl StoreNeed {
             Self::NoScheduled => (store.scheduled().is_none(), "it has scheduled delivery"),
             Self::Retention => (store.retention().is_some(), "it keeps no archive"),
             Self::Parking => (store.parking().is_some(), "its parked keys cannot be resumed"),
+            Self::Inspection => (store.inspection().is_some(), "it cannot be inspected"),
             Self::WakeUp => (store.wake_up().is_some(), "it gives no hints"),
         };
         (!met).then_some(why)

@@ -7,6 +7,7 @@
 
 mod config;
 mod inbox;
+mod inspect;
 mod powers;
 mod reader;
 mod sink;

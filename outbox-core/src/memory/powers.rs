@@ -34,6 +34,12 @@ impl DeadLetters for MemoryStore {
                     .as_deref()
                     .is_none_or(|topic| topic == letter.message.topic())
             })
+            .filter(|letter| {
+                query
+                    .ids
+                    .as_ref()
+                    .is_none_or(|ids| ids.contains(&letter.record.id))
+            })
             .filter(|letter| query.after.is_none_or(|after| letter.record > after));
         Ok(listed.take(query.limit).cloned().collect())
     }

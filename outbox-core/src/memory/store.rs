@@ -17,6 +17,7 @@ use crate::dead::DeadLetters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Record;
 use crate::hold::{Hold, HoldChange, HoldState, Parking};
+use crate::inspect::{Inspection, Subject};
 #[cfg(feature = "conformance")]
 use crate::lease::LeaseTable;
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId, StoreMillis};
@@ -173,6 +174,13 @@ impl MemoryStore {
         Ok(locked)
     }
 
+    /// The last number that a key was given; none while a transaction has its counter, which nobody waits for here.
+    pub(super) fn last_number(&self, subject: &Subject) -> Option<i64> {
+        let Subject::Key(key) = subject else { return None };
+        let counter = lock(&self.inner.counters).get(key).cloned()?;
+        counter.try_lock().ok().map(|last| *last).filter(|last| *last > 0)
+    }
+
     /// Claims a message id for a consumer's transaction, waiting for another one that has it.
     pub(super) async fn claim(&self, name: &(Arc<str>, MessageId)) -> Result<OwnedMutexGuard<()>> {
         let claim = {
@@ -299,6 +307,10 @@ impl OutboxStore for MemoryStore {
 
     fn parking(&self) -> Option<&dyn Parking> {
         self.inner.config.parking.then_some(self)
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
+        Some(self)
     }
 
     fn wake_up(&self) -> Option<Box<dyn WakeUp>> {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::in_range;
 use crate::error::Result;
+use crate::human;
 
 /// Pauses that double from `initial` to `max`, each drawn at random between nothing and its full length, so that
 /// what failed together does not come back together.
@@ -23,8 +24,10 @@ use crate::error::Result;
 #[serde(deny_unknown_fields)]
 pub struct Backoff {
     /// The longest first pause.
+    #[serde(with = "human")]
     pub initial: Duration,
     /// The longest pause at all.
+    #[serde(with = "human")]
     pub max: Duration,
 }
 

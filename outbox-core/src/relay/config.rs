@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::backoff::Backoff;
 use crate::error::{Error, ErrorKind, Result};
+use crate::human;
 
-/// How a relay behaves. The defaults suit most; durations are written as `{ secs, nanos }` by serde, programs offer
-/// nicer forms.
+/// How a relay behaves. The defaults suit most; serde reads and writes durations as people do, `10s`.
 ///
 /// ```
 /// use std::time::Duration;
@@ -24,6 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct RelayConfig {
     /// How long a lease lasts without renewal; a dead relay's shards are taken over after that. Renewed at a third of
     /// it; sending stops at four fifths. 100 ms to 1 h. Default: 10 s.
+    #[serde(with = "human")]
     pub lease: Duration,
     /// Most records in one read and in one hand-over to the sink. 1 to 100,000. Default: 1,000.
     pub batch_rows: usize,
@@ -37,8 +38,10 @@ pub struct RelayConfig {
     /// together even beyond that. Default: 1,000.
     pub settle_rows: usize,
     /// The pause after a read that found nothing, at first. Default: 1 ms.
+    #[serde(with = "human")]
     pub poll_busy: Duration,
     /// The same after a while of finding nothing. Default: 50 ms.
+    #[serde(with = "human")]
     pub poll_idle: Duration,
     /// What happens to a message that cannot be delivered. Default: dead letter, and its key goes on.
     pub on_failure: OnFailure,
@@ -57,10 +60,13 @@ pub struct RelayConfig {
     /// Most messages per second, to spare consumers after an outage. Default: no limit.
     pub rate_limit: Option<u32>,
     /// How long a shutdown waits for what the sink has. Default: 10 s.
+    #[serde(with = "human")]
     pub grace: Duration,
     /// How long one call of the store may take before it is given up and repeated. Default: 30 s.
+    #[serde(with = "human")]
     pub call_timeout: Duration,
     /// How long delivered messages stay in the archive, where the store keeps one. Default: 7 days.
+    #[serde(with = "human")]
     pub retention: Duration,
 }
 

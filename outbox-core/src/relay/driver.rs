@@ -13,7 +13,8 @@ use futures::{FutureExt, future};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
-use super::machine::{BatchId, Command, Event, Machine, Setup};
+use super::health::Pulse;
+use super::machine::{BatchId, Command, Event, Machine, Note, Setup};
 use super::observe::Observer;
 use super::{Relay, RelayConfig};
 use crate::clock::Clock;
@@ -45,6 +46,7 @@ pub(super) struct Driver {
     /// What the sink has taken over.
     receipts: FuturesUnordered<BoxFuture<'static, Event>>,
     observer: Observer,
+    pulse: Pulse,
     /// When to look at the whole outbox again.
     observe_next: Duration,
     observing: bool,
@@ -83,6 +85,7 @@ impl Driver {
             waker,
             clock,
             seed,
+            pulse,
         } = relay;
         let setup = Setup {
             relay: id.clone(),
@@ -96,6 +99,7 @@ impl Driver {
         Self {
             machine: Machine::new(setup),
             observer: Observer::new(store.capabilities().name, sink.capabilities().name, &id),
+            pulse,
             store,
             sink: Arc::new(Mutex::new(sink)),
             config,
@@ -125,7 +129,7 @@ impl Driver {
             while let Some(command) = self.machine.poll(now) {
                 self.start(command, now);
             }
-            self.observer.report(self.machine.take_notes());
+            self.report(now, last_moment.is_some());
             if self.machine.has_left() {
                 return;
             }
@@ -183,7 +187,44 @@ impl Driver {
         self.machine.handle(event, self.clock.now());
     }
 
+    /// Passes on what the machine noticed, and shows that the loop goes round.
+    fn report(&mut self, now: Duration, stopping: bool) {
+        let notes = self.machine.take_notes();
+        let mut pulse = self.pulse.state();
+        pulse.turned = Some(now);
+        pulse.stopping = stopping;
+        for note in &notes {
+            match note {
+                Note::SinkDown { reason, .. } => pulse.sink_failure = Some(reason.to_string()),
+                Note::SinkUp => pulse.sink_failure = None,
+                _ => {}
+            }
+        }
+        drop(pulse);
+        self.observer.report(notes);
+    }
+
+    /// What the answers of the store say about its health.
+    fn feel(&self, event: &Event) {
+        let mut pulse = self.pulse.state();
+        match event {
+            Event::Leased { sent, result } => match result {
+                Ok(leases) => {
+                    pulse.leased = Some(*sent);
+                    pulse.shards = leases.held.len();
+                    pulse.lease_failure = None;
+                }
+                Err(error) => pulse.lease_failure = Some(error.to_string()),
+            },
+            Event::Fetched { result } => pulse.fetch_failure = result.as_ref().err().map(ToString::to_string),
+            _ => {}
+        }
+    }
+
     fn done(&mut self, done: Done) {
+        if let Done::Event(event) | Done::Fetched(_, event) = &done {
+            self.feel(event);
+        }
         match done {
             Done::Event(event) => self.tell(event),
             Done::Fetched(reader, event) => {

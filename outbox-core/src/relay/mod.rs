@@ -5,6 +5,7 @@
 mod backoff;
 mod config;
 mod driver;
+mod health;
 mod machine;
 mod observe;
 
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 pub use backoff::Backoff;
 pub use config::{OnFailure, RelayConfig};
+pub use health::{Health, Vitals};
 
 use crate::clock::{Clock, MonotonicClock};
 use crate::error::Result;
@@ -61,6 +63,7 @@ pub struct Relay {
     waker: Waker,
     clock: Arc<dyn Clock>,
     seed: u64,
+    pulse: health::Pulse,
 }
 
 impl Relay {
@@ -75,6 +78,7 @@ impl Relay {
             waker: Waker::new(),
             clock: Arc::new(MonotonicClock::new()),
             seed: fastrand::u64(..),
+            pulse: health::Pulse::default(),
         }
     }
 
@@ -134,6 +138,12 @@ impl Relay {
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// How it is doing, to be asked while it runs. Set the clock before, if at all.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        Health::new(self.clock.clone(), self.pulse.clone())
     }
 
     /// Runs until `shutdown` resolves, then stops in order: hands nothing more over, waits up to the configured grace

@@ -34,9 +34,23 @@ impl Timing {
 
 impl Observer {
     pub(super) fn new(store: &'static str, sink: &'static str, relay: &RelayId) -> Self {
+        let labels = vec![Label::new("store", store), Label::new("sink", sink)];
+        // From the beginning, so that what never happened is a nought and the first failure a change.
+        for name in [
+            "outbox_retries_total",
+            "outbox_dead_letters_total",
+            "outbox_parked_total",
+            "outbox_topic_blocks_total",
+            "outbox_sink_failures_total",
+            "outbox_fenced_total",
+            "outbox_resets_total",
+        ] {
+            counter!(name, labels.clone()).increment(0);
+        }
+        gauge!("outbox_sink_up", labels.clone()).set(1.0);
         Self {
             relay: relay.to_string(),
-            labels: vec![Label::new("store", store), Label::new("sink", sink)],
+            labels,
         }
     }
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outbox_core::{
-    Capabilities, DeadLetterQuery, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, LeaseRequest,
-    Leases, Membership, MemoryConfig, MemorySink, MemoryStore, Message, OutboxStore, OwnedShard, Parking,
-    Reader, Record, Relay, RelayConfig, RelayId, Result, Retention, Scheduled, Settled, Settlement, Stats,
-    WakeUp,
+    Capabilities, DeadLetterQuery, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, Inspection,
+    LeaseRequest, Leases, Membership, MemoryConfig, MemorySink, MemoryStore, Message, OutboxStore,
+    OwnedShard, Parking, Reader, Record, Relay, RelayConfig, RelayId, Result, Retention, Scheduled, Settled,
+    Settlement, Stats, WakeUp,
 };
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -203,6 +203,10 @@ impl OutboxStore for Store {
 
     fn parking(&self) -> Option<&dyn Parking> {
         self.memory.parking()
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
+        self.memory.inspection()
     }
 
     fn wake_up(&self) -> Option<Box<dyn WakeUp>> {

@@ -81,7 +81,9 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "settle_repeats",
         "settle_matches_position_and_id",
         "settle_excludes_take_over",
+        "dead_letter_list_by_id",
         "parked_resumes",
+        "inspection_finds_head",
         "scheduled_in_order",
         "no_key_is_not_an_empty_key",
         "hostile_keys_are_held",
@@ -135,6 +137,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "settlements_run_side_by_side",
         "dead_letter_keeps_whole",
         "dead_letter_list_pages",
+        "dead_letter_list_by_id",
         "dead_letter_list_by_topic",
         "dead_letter_requeue_once",
         "dead_letter_requeue_whole",
@@ -142,6 +145,12 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "dead_letters_may_share_an_id",
         "parked_is_listed",
         "parked_resumes",
+        "inspection_finds_every_place",
+        "inspection_finds_all_of_an_id",
+        "inspection_finds_head",
+        "inspection_tells_line",
+        "inspection_tells_holds",
+        "inspection_keeps_its_bound",
         "stats_count_holds",
         "no_key_is_not_an_empty_key",
         "hostile_keys_are_held",
@@ -195,6 +204,8 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "settle_takes_any_subset",
         "settle_repeats",
         "settle_matches_position_and_id",
+        "inspection_finds_every_place",
+        "inspection_finds_head",
         "stats_count_backlog",
         "ids_need_not_be_unique",
         "random_schedules",
@@ -270,6 +281,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "parked_resumes",
         "parked_is_buried",
         "parked_topic_is_not_buried",
+        "inspection_tells_holds",
         "stats_count_holds",
         "hostile_keys_are_held",
     ]),
@@ -282,6 +294,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "hold_put_replaces",
         "keyless_holds_stand_apart",
         "parked_resumes",
+        "inspection_tells_holds",
     ]),
     (StoreFlaw::VisibleBeforeCommit, &[
         "nothing_visible_before_commit",
@@ -310,12 +323,15 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "settle_repeats",
         "dead_letter_keeps_whole",
         "dead_letter_list_pages",
+        "dead_letter_list_by_id",
         "dead_letter_list_by_topic",
         "dead_letter_requeue_once",
         "dead_letter_requeue_whole",
         "dead_letter_discard",
         "nothing_is_stranded",
         "dead_letters_may_share_an_id",
+        "inspection_finds_every_place",
+        "inspection_finds_all_of_an_id",
         "stats_count_backlog",
     ]),
     (StoreFlaw::SilentDeaths, &[
@@ -347,12 +363,14 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
     ]),
     (StoreFlaw::IdsUnique, &[
         "dead_letters_may_share_an_id",
+        "inspection_finds_all_of_an_id",
         "ids_need_not_be_unique",
     ]),
     (StoreFlaw::ProducerClock, &[
         "records_are_fresh",
     ]),
     (StoreFlaw::DeliverAtIgnored, &[
+        "inspection_finds_every_place",
         "scheduled_waits",
         "scheduled_in_order",
         "scheduled_is_fenced",
@@ -370,6 +388,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
     ]),
     (StoreFlaw::PositionIsNumber, &[
         "dead_letter_keeps_whole",
+        "inspection_finds_every_place",
         "sequence_has_no_gaps",
         "sequence_counts_by_topic",
         "sequence_survives_rollback",
@@ -377,6 +396,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
     ]),
     (StoreFlaw::NumbersEverything, &[
         "dead_letter_keeps_whole",
+        "inspection_finds_every_place",
         "keyless_have_no_sequence",
     ]),
     (StoreFlaw::NumberKept, &[
@@ -405,6 +425,8 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "dead_letter_discard",
         "dead_letters_may_share_an_id",
         "parked_resumes",
+        "inspection_finds_first_of_topic",
+        "inspection_tells_holds",
         "stats_count_holds",
         "bytes_survive",
         "messages_survive",
@@ -451,9 +473,11 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "only_parked_is_resumed",
     ]),
     (StoreFlaw::ArchiveUnpurged, &[
+        "inspection_finds_every_place",
         "no_archive_without_retention",
     ]),
     (StoreFlaw::ArchiveEmpty, &[
+        "inspection_finds_every_place",
         "retention_archives",
         "retention_purges_old_only",
         "no_archive_without_retention",
@@ -464,6 +488,37 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
     ]),
     (StoreFlaw::AgeUnknown, &[
         "stats_tell_age",
+    ]),
+    (StoreFlaw::DeadIdsIgnored, &[
+        "dead_letter_list_by_id",
+    ]),
+    (StoreFlaw::InspectsOutboxOnly, &[
+        "inspection_finds_every_place",
+        "inspection_finds_all_of_an_id",
+    ]),
+    (StoreFlaw::InspectsFirstPlace, &[
+        "inspection_finds_all_of_an_id",
+    ]),
+    (StoreFlaw::InspectsKeyOfAnyTopic, &[
+        "inspection_finds_head",
+    ]),
+    (StoreFlaw::InspectsTopicFromItsEnd, &[
+        "inspection_finds_first_of_topic",
+    ]),
+    (StoreFlaw::InspectsNoLine, &[
+        "inspection_tells_line",
+    ]),
+    (StoreFlaw::InspectsNoTopicHold, &[
+        "inspection_tells_holds",
+    ]),
+    (StoreFlaw::InspectsNoOwner, &[
+        "inspection_tells_owners",
+    ]),
+    (StoreFlaw::InspectsNumbersLeft, &[
+        "inspection_tells_last_number",
+    ]),
+    (StoreFlaw::InspectsTooSurely, &[
+        "inspection_keeps_its_bound",
     ]),
 ];
 

@@ -160,5 +160,25 @@ flaws! {
         PowersFlicker,
         /// Tells that nothing is old.
         AgeUnknown,
+        /// Lists dead letters whatever their ids.
+        DeadIdsIgnored,
+        /// Looks for a message in the outbox alone.
+        InspectsOutboxOnly,
+        /// Tells one place of a message and stops looking.
+        InspectsFirstPlace,
+        /// Looks for a key in all topics.
+        InspectsKeyOfAnyTopic,
+        /// Tells the newest message of a topic for its first.
+        InspectsTopicFromItsEnd,
+        /// Tells that nobody stands before a message.
+        InspectsNoLine,
+        /// Tells the hold of a message or a key and forgets its topic's.
+        InspectsNoTopicHold,
+        /// Tells that nobody owns a shard.
+        InspectsNoOwner,
+        /// Tells the last number that is still in the outbox for the last that was given.
+        InspectsNumbersLeft,
+        /// Says that what it has not seen is not there.
+        InspectsTooSurely,
     }
 }

@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::RecordRef;
 use crate::headers::Headers;
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, Parking};
+use crate::inspect::{Facts, Inspection, Place, Subject};
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId, millis};
 use crate::memory::{MemoryConfig, MemoryStore, MemoryTransaction};
 use crate::message::{Message, MessageId};
@@ -23,7 +24,7 @@ use crate::retention::Retention;
 use crate::scheduled::{Promotion, Scheduled};
 use crate::settle::{Settled, Settlement, ShardSettlement};
 use crate::shard::{OwnedShard, Position};
-use crate::store::{Capabilities, Ordering, OutboxStore, Reader, Stats};
+use crate::store::{Capabilities, Count, Ordering, OutboxStore, Reader, Stats};
 use crate::wake::WakeUp;
 
 tokio::task_local! {
@@ -88,9 +89,10 @@ impl StoreHarness for BrokenStore {
         let flaw = FLAW.get();
         let config = MemoryConfig {
             ordering: match flaw {
-                StoreFlaw::GapOnRollback | StoreFlaw::PositionIsNumber | StoreFlaw::NumberKept => {
-                    Ordering::Sequenced
-                }
+                StoreFlaw::GapOnRollback
+                | StoreFlaw::PositionIsNumber
+                | StoreFlaw::NumberKept
+                | StoreFlaw::InspectsNumbersLeft => Ordering::Sequenced,
                 _ => Ordering::Insert,
             },
             archive: matches!(flaw, StoreFlaw::PurgesEverything | StoreFlaw::ArchiveUnpurged),
@@ -466,6 +468,10 @@ impl OutboxStore for FlawedStore {
         Some(self)
     }
 
+    fn inspection(&self) -> Option<&dyn Inspection> {
+        Some(self)
+    }
+
     fn wake_up(&self) -> Option<Box<dyn WakeUp>> {
         self.inner.wake_up()
     }
@@ -496,7 +502,11 @@ impl FlawedStore {
 #[async_trait]
 impl DeadLetters for FlawedStore {
     async fn list(&self, query: &DeadLetterQuery) -> Result<Vec<DeadLetter>> {
-        let mut letters = self.inner.list(query).await?;
+        let mut query = query.clone();
+        if self.flaw == StoreFlaw::DeadIdsIgnored {
+            query.ids = None;
+        }
+        let mut letters = self.inner.list(&query).await?;
         if self.flaw == StoreFlaw::DeadById {
             let mut seen = HashSet::new();
             letters.retain(|letter| seen.insert(letter.record.id));
@@ -587,6 +597,66 @@ impl Parking for FlawedStore {
 
     async fn bury(&self, hold: &HoldRef) -> Result<bool> {
         self.inner.bury(hold).await
+    }
+}
+
+#[async_trait]
+impl Inspection for FlawedStore {
+    async fn inspect(&self, subject: &Subject, bound: usize) -> Result<Facts> {
+        let mut facts = self.inner.inspect(subject, bound).await?;
+        match (self.flaw, subject) {
+            (StoreFlaw::InspectsOutboxOnly, _) => {
+                facts
+                    .found
+                    .retain(|found| matches!(found.place, Place::Outbox { .. }));
+            }
+            (StoreFlaw::InspectsFirstPlace, _) => facts.found.truncate(1),
+            (StoreFlaw::InspectsKeyOfAnyTopic, Subject::Key(key)) => {
+                let own = |row: &&crate::Record| row.message.key() == Some(&key.key);
+                let rows = self.inner.pending();
+                if let Some(head) = rows.iter().find(own) {
+                    let head = Subject::Message(head.message.id());
+                    facts.found = self.inner.inspect(&head, bound).await?.found;
+                    facts.backlog = Count::Exact(rows.iter().filter(own).count() as u64);
+                }
+            }
+            (StoreFlaw::InspectsTopicFromItsEnd, Subject::Topic(_)) => {
+                let last = self
+                    .inner
+                    .pending()
+                    .pop()
+                    .map(|row| Subject::Message(row.message.id()));
+                if let Some(last) = last {
+                    facts.found = self.inner.inspect(&last, bound).await?.found;
+                }
+            }
+            (StoreFlaw::InspectsNoLine, _) => {
+                for found in &mut facts.found {
+                    if let Place::Outbox { ahead, .. } = &mut found.place {
+                        *ahead = Count::Exact(0);
+                    }
+                }
+            }
+            (StoreFlaw::InspectsNoTopicHold, _) => {
+                facts
+                    .holds
+                    .retain(|hold| !matches!(hold.scope, HoldScope::Topic(_)));
+            }
+            (StoreFlaw::InspectsNoOwner, _) => {
+                for lease in &mut facts.leases {
+                    lease.owner = None;
+                }
+            }
+            (StoreFlaw::InspectsNumbersLeft, _) => {
+                facts.last_seq = facts.found.iter().filter_map(|found| found.key_seq).max();
+            }
+            (StoreFlaw::InspectsTooSurely, _) => {
+                facts.complete = true;
+                facts.backlog = Count::Exact(facts.backlog.value());
+            }
+            _ => {}
+        }
+        Ok(facts)
     }
 }
 

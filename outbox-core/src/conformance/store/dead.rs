@@ -71,6 +71,47 @@ pub async fn dead_letter_list_pages<H: StoreHarness>() {
     );
 }
 
+/// Dead letters can be listed by their ids, page by page like all others.
+pub async fn dead_letter_list_by_id<H: StoreHarness>() {
+    let bench = Bench::<H>::fresh().await;
+    let mut owner = bench.owner("owner").await;
+    bench.commit(&bench.series("a", 6)).await;
+    let records = owner.drain_without_settling().await;
+    bury(&mut owner, &records, 1, "poison").await;
+    let names = |records: &[Record]| records.iter().map(Record::reference).collect::<Vec<_>>();
+    let of = async |ids: Vec<MessageId>, after, limit| {
+        let query = DeadLetterQuery {
+            topic: Some(bench.topic(0)),
+            ids: Some(ids),
+            after,
+            limit,
+        };
+        let letters = list(&*owner.store, &query).await;
+        letters.iter().map(|letter| letter.record).collect::<Vec<_>>()
+    };
+    let ids = |records: &[Record]| {
+        records
+            .iter()
+            .map(|record| record.message.id())
+            .collect::<Vec<_>>()
+    };
+    let mut wanted = ids(&records[1..4]);
+    wanted.push(MessageId::new());
+    assert_eq!(
+        of(wanted.clone(), None, 100).await,
+        names(&records[1..4]),
+        "those that were asked for, and no others"
+    );
+    let first = of(wanted.clone(), None, 2).await;
+    assert_eq!(first, names(&records[1..3]), "the limit holds");
+    assert_eq!(
+        of(wanted, first.last().copied(), 2).await,
+        names(&records[3..4]),
+        "so do pages"
+    );
+    assert_eq!(of(Vec::new(), None, 100).await, [], "no ids are none, not all");
+}
+
 /// Dead letters can be listed by topic.
 pub async fn dead_letter_list_by_topic<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;

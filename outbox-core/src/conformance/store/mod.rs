@@ -5,6 +5,7 @@ pub mod dead;
 pub mod fetch;
 pub mod holds;
 pub mod honesty;
+pub mod inspection;
 pub mod lease;
 pub mod parking;
 pub mod reread;

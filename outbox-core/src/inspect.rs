@@ -1,0 +1,173 @@
+//! Inspection: the facts about a message, a key or a topic, from which [`explain`](crate::explain) tells why it waits.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+
+use crate::error::Result;
+use crate::fetch::RecordRef;
+use crate::hold::{Hold, HoldScope};
+use crate::lease::RelayId;
+use crate::message::{MessageId, OrderKey};
+use crate::shard::{Position, Shard};
+use crate::store::{Count, LeaseStatus};
+
+/// Looks where something stands and what is around it. For people, one question at a time; it changes nothing and
+/// waits for nobody.
+///
+/// # Contract
+/// - Of a message id all places **MUST** be told, up to [`MAX_PLACES`] of a kind: outbox, scheduled, archive, dead
+///   letters, with what is known of each (`inspection_finds_every_place`, `inspection_finds_all_of_an_id`). Of a key
+///   or a topic the first undelivered message is told, and how many there are (`inspection_finds_head`,
+///   `inspection_finds_first_of_topic`).
+/// - What stands in an outbox **MUST** be told with how many of its shard stand before it
+///   (`inspection_tells_line`), and all holds that stop any of what was asked for, no others
+///   (`inspection_tells_holds`). Leases and relays are told as [`crate::OutboxStore::stats`] does
+///   (`inspection_tells_owners`), the last number of a key where keys are numbered (`inspection_tells_last_number`).
+/// - It **MUST NOT** look at more than `bound` rows where it has to search, and never claims more than it saw: then
+///   [`Facts::complete`] is false, and a count is [`Count::AtLeast`] (`inspection_keeps_its_bound`).
+#[async_trait]
+pub trait Inspection: Send + Sync {
+    /// The facts about `subject`, as of one moment; a search looks at no more than `bound` rows of a table, oldest
+    /// first, in the archive newest first.
+    async fn inspect(&self, subject: &Subject, bound: usize) -> Result<Facts>;
+}
+
+/// So many places of one kind are told at most: ids need not be unique, but an answer has to end.
+pub const MAX_PLACES: usize = 100;
+
+/// What is asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Subject {
+    /// All messages with this id.
+    Message(MessageId),
+    /// An ordering domain.
+    Key(OrderKey),
+    /// A topic.
+    Topic(Arc<str>),
+}
+
+/// What a store knows about a subject.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// The time by the database's clock.
+    pub now: SystemTime,
+    /// Of a message id: every place where such a message stands. Of a key or a topic: the first undelivered message.
+    pub found: Vec<Standing>,
+    /// How many undelivered messages of the subject there are.
+    pub backlog: Count,
+    /// Of a message or a key: the holds that stop it. Of a topic: its own and those of its keys.
+    pub holds: Vec<Hold>,
+    /// Of a key, under [`crate::Ordering::Sequenced`]: the last number that was given.
+    pub last_seq: Option<i64>,
+    /// The leases of all shards.
+    pub leases: Vec<LeaseStatus>,
+    /// The relays whose membership has not expired.
+    pub relays: Vec<RelayId>,
+    /// Whether everything was looked at; false when the bound cut a search off.
+    pub complete: bool,
+}
+
+/// A message where it stands, without its payload and its headers, which nobody needs in order to know why it waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Its id.
+    pub id: MessageId,
+    /// Its topic.
+    pub topic: Arc<str>,
+    /// Its ordering domain; none without a key.
+    pub key: Option<OrderKey>,
+    /// Its number within its key, under [`crate::Ordering::Sequenced`].
+    pub key_seq: Option<i64>,
+    /// When it was enqueued, by the database's clock.
+    pub created_at: Option<SystemTime>,
+    /// Where it stands.
+    pub place: Place,
+}
+
+/// Where a message stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// In the outbox: committed and not delivered.
+    Outbox {
+        /// Its shard.
+        shard: Shard,
+        /// Its position.
+        position: Position,
+        /// How many undelivered messages of its shard have a lower position.
+        ahead: Count,
+    },
+    /// Among the scheduled ones: it has no position yet.
+    Scheduled {
+        /// Its shard.
+        shard: Shard,
+        /// When it is due, by the database's clock.
+        due: SystemTime,
+    },
+    /// In the archive: delivered.
+    Processed {
+        /// The position it had.
+        position: Position,
+        /// When its delivery was settled.
+        at: SystemTime,
+    },
+    /// In the dead letters: given up.
+    Dead {
+        /// The position it had.
+        position: Position,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the sink said last.
+        reason: String,
+        /// When it was given up.
+        at: SystemTime,
+    },
+}
+
+impl Subject {
+    /// Whether a hold stops any of it; `found` is what was found of it. Ready-made for stores that have read all holds.
+    #[must_use]
+    pub fn is_stopped_by(&self, hold: &Hold, found: &[Standing]) -> bool {
+        match (self, &hold.scope) {
+            (Self::Message(_), _) => found.iter().any(|standing| standing.is_stopped_by(hold)),
+            (Self::Key(key), HoldScope::Topic(topic)) => key.topic == *topic,
+            (Self::Key(key), HoldScope::Key(held)) => key == held,
+            (Self::Topic(own), HoldScope::Topic(topic)) => own == topic,
+            (Self::Topic(own), HoldScope::Key(held)) => *own == held.topic,
+            (_, HoldScope::Message) => false,
+        }
+    }
+}
+
+impl Standing {
+    /// Whether a hold stops it.
+    #[must_use]
+    pub fn is_stopped_by(&self, hold: &Hold) -> bool {
+        let Place::Outbox { position, .. } = self.place else {
+            return false;
+        };
+        match &hold.scope {
+            HoldScope::Topic(topic) => *topic == self.topic,
+            HoldScope::Key(key) => self.key.as_ref() == Some(key),
+            HoldScope::Message => self.key.is_none() && hold.head.position == position,
+        }
+    }
+
+    /// Whether it is the head of a hold.
+    #[must_use]
+    pub fn is_head_of(&self, hold: &Hold) -> bool {
+        matches!(self.place, Place::Outbox { position, .. } if hold.head == RecordRef { position, id: self.id })
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Message(id) => write!(f, "message {id}"),
+            Self::Key(key) => write!(f, "key {key}"),
+            Self::Topic(topic) => write!(f, "topic {topic}"),
+        }
+    }
+}
