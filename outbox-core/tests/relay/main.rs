@@ -8,6 +8,7 @@
 
 mod delivery;
 mod failures;
+mod health;
 mod leases;
 mod limits;
 mod observability;
