@@ -64,8 +64,7 @@ pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok
 /// Reads a duration as people write it.
 ///
 /// # Errors
-<<<<<<< HEAD
-/// When it is no text, or no duration.
+/// When it is no text, or no duration. What was found is for the deserializer to show, or to hide.
 ///
 /// # Example
 /// ```
@@ -77,9 +76,6 @@ pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok
 /// let config: Config = serde_json::from_str(r#"{"lease": "250ms"}"#).unwrap();
 /// assert_eq!(config.lease.as_millis(), 250);
 /// ```
-=======
-/// When it is no text, or no duration. What was found is for the deserializer to show, or to hide.
->>>>>>> ops
 pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     deserializer.deserialize_str(Text)
 }

@@ -6,6 +6,7 @@ mod enqueue;
 mod error;
 mod hold;
 mod inbox;
+mod inspect;
 mod operate;
 mod reader;
 mod row;

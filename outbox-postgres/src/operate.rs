@@ -52,6 +52,10 @@ impl DeadLetters for PostgresStore {
             Some(after) => (after.position.0, after.id.as_uuid()),
             None => (i64::MIN, Uuid::nil()),
         };
+        let ids: Option<Vec<Uuid>> = query
+            .ids
+            .as_ref()
+            .map(|ids| ids.iter().map(|id| id.as_uuid()).collect());
         let mut session = self.control.open(DURING).await?;
         let rows = session
             .rows(
@@ -61,7 +65,8 @@ impl DeadLetters for PostgresStore {
                     .bind(query.topic.as_deref())
                     .bind(position)
                     .bind(id)
-                    .bind(limit(query.limit)),
+                    .bind(limit(query.limit))
+                    .bind(ids),
             )
             .await?;
         session.finish().await?;

@@ -245,6 +245,15 @@ pub(crate) struct Sql {
     pub(crate) counts: Statement,
     pub(crate) processed_count: Statement,
 
+    pub(crate) now: Statement,
+    pub(crate) search: Statement,
+    pub(crate) scheduled_by_id: Statement,
+    pub(crate) scheduled_bounded: Statement,
+    pub(crate) processed_by_id: Statement,
+    pub(crate) dead_by_id: Statement,
+    pub(crate) last_number: Statement,
+    pub(crate) all_holds: Statement,
+
     pub(crate) receive: Statement,
     pub(crate) forget: Statement,
 }
@@ -447,7 +456,7 @@ impl Sql {
             dead_list: statement(format!(
                 "SELECT o.position, {READ}, o.attempts, o.reason, o.died_at FROM {dead} o \
                  WHERE ($1::text IS NULL OR o.topic = $1) AND (o.position, o.message_id) > ($2, $3) \
-                 ORDER BY o.position, o.message_id LIMIT $4"
+                 AND ($5::uuid[] IS NULL OR o.message_id = ANY ($5)) ORDER BY o.position, o.message_id LIMIT $4"
             )),
             // What comes back is numbered anew; its old number stays a hole.
             dead_requeue: statement(write(
@@ -504,6 +513,44 @@ impl Sql {
             processed_count: statement(format!(
                 "SELECT count(*) FROM (SELECT 1 FROM {processed} LIMIT $1) p"
             )),
+
+            now: statement("SELECT clock_timestamp()".to_owned()),
+            // A search has no index but that of positions: it looks at the first $2 rows of each of the shards $1, and at
+            // $3 in all. One row for each that matches, or one that only tells the counts.
+            search: statement(format!(
+                "WITH seen AS MATERIALIZED (SELECT s.* FROM unnest($1::smallint[]) u(shard) CROSS JOIN LATERAL \
+                     (SELECT o.shard, o.id, row_number() OVER (ORDER BY o.id) AS line, \
+                         coalesce(($4::uuid IS NULL OR o.message_id = $4) AND ($5::text IS NULL OR o.topic = $5) \
+                             AND ($6::bytea IS NULL OR o.key = $6), false) AS matches \
+                      FROM (SELECT * FROM {outbox} o WHERE o.shard = u.shard ORDER BY o.id LIMIT $2) o) s \
+                     ORDER BY s.id LIMIT $3), \
+                 told AS MATERIALIZED (SELECT count(*) FILTER (WHERE matches) AS matching, \
+                     count(*) < $3 AND coalesce(max(line), 0) < $2 AS complete FROM seen) \
+                 SELECT t.matching, t.complete, m.line - 1, o.shard, o.id, {READ} FROM told t \
+                 LEFT JOIN LATERAL (SELECT * FROM seen WHERE matches ORDER BY id LIMIT $7) m ON true \
+                 LEFT JOIN {outbox} o ON o.shard = m.shard AND o.id = m.id ORDER BY o.id"
+            )),
+            scheduled_by_id: statement(format!(
+                "SELECT o.deliver_at, o.shard, o.message_id, o.topic, o.key, NULL::bytea, NULL::text, NULL::text, \
+                        o.created_at, NULL::bigint \
+                 FROM (SELECT * FROM {scheduled} o ORDER BY shard, deliver_at, id LIMIT $2) o WHERE o.message_id = $1 \
+                 ORDER BY o.deliver_at, o.id LIMIT $3"
+            )),
+            scheduled_bounded: statement(format!(
+                "SELECT count(*) FROM (SELECT 1 FROM {scheduled} LIMIT $1) s"
+            )),
+            processed_by_id: statement(format!(
+                "SELECT o.position, {READ}, o.processed_at \
+                 FROM (SELECT * FROM {processed} o ORDER BY processed_at DESC LIMIT $2) o WHERE o.message_id = $1 LIMIT $3"
+            )),
+            dead_by_id: statement(format!(
+                "SELECT o.position, {READ}, o.attempts, o.reason, o.died_at FROM {dead} o WHERE o.message_id = $1 \
+                 ORDER BY o.position LIMIT $2"
+            )),
+            last_number: statement(format!(
+                "SELECT last FROM {numbers} WHERE topic = $1 AND key = $2"
+            )),
+            all_holds: statement(format!("SELECT {hold_columns} FROM {hold}")),
 
             receive: statement(format!(
                 "INSERT INTO {inbox} (consumer, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outbox_core::{
-    Capabilities, Count, DeadLetters, Epoch, Hold, LeaseRequest, LeaseStatus, Leases, Membership,
+    Capabilities, Count, DeadLetters, Epoch, Hold, Inspection, LeaseRequest, LeaseStatus, Leases, Membership,
     OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement,
     Shard, ShardSettlement, Stats, WakeUp, millis,
 };
@@ -226,8 +226,7 @@ impl OutboxStore for PostgresStore {
         let oldest = session.row(sql.oldest.query()).await?;
         let holds = session.row(sql.hold_counts.query()).await?;
         let counts = session.row(sql.counts.query()).await?;
-        let leases = session.rows(sql.leases.query()).await?;
-        let relays = session.rows(sql.relays.query()).await?;
+        let (leases, relays) = owners(&mut session, sql, DURING).await?;
         session.finish().await?;
         Ok(Stats {
             backlog,
@@ -237,16 +236,8 @@ impl OutboxStore for PostgresStore {
             dead: count(&counts, 0).during(DURING)?,
             scheduled: count(&counts, 1).during(DURING)?,
             processed,
-            leases: leases
-                .iter()
-                .map(lease_status)
-                .collect::<sqlx::Result<_>>()
-                .during(DURING)?,
-            relays: relays
-                .iter()
-                .map(|row| Ok(RelayId::new(text(row, 0)?.unwrap_or_default())))
-                .collect::<sqlx::Result<_>>()
-                .during(DURING)?,
+            leases,
+            relays,
         })
     }
 
@@ -263,6 +254,10 @@ impl OutboxStore for PostgresStore {
     }
 
     fn parking(&self) -> Option<&dyn Parking> {
+        Some(self)
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
         Some(self)
     }
 
@@ -349,6 +344,29 @@ async fn bounded(session: &mut Session, statement: &Statement) -> Result<Count> 
     } else {
         Count::AtLeast(rows.unsigned_abs())
     })
+}
+
+/// Who owns what, and who is alive.
+pub(crate) async fn owners(
+    session: &mut Session,
+    sql: &Sql,
+    operation: &'static str,
+) -> Result<(Vec<LeaseStatus>, Vec<RelayId>)> {
+    let leases = session.rows(sql.leases.query()).await?;
+    let relays = session.rows(sql.relays.query()).await?;
+    let name = |row: &PgRow| Ok(RelayId::new(text(row, 0)?.unwrap_or_default()));
+    Ok((
+        leases
+            .iter()
+            .map(lease_status)
+            .collect::<sqlx::Result<_>>()
+            .during(operation)?,
+        relays
+            .iter()
+            .map(name)
+            .collect::<sqlx::Result<_>>()
+            .during(operation)?,
+    ))
 }
 
 fn lease_status(row: &PgRow) -> sqlx::Result<LeaseStatus> {

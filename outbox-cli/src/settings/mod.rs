@@ -158,7 +158,10 @@ impl SinkSettings {
             } => {
                 let mut config = config.clone();
                 for (name, path) in options_from_file {
-                    config.options.insert(name.clone(), read_secret(name, path)?);
+                    config.options.insert(
+                        name.clone(),
+                        read_secret(&format!("sink.options_from_file: {name}"), path)?,
+                    );
                 }
                 Ok(Box::new(KafkaSink::new(&config)?))
             }
@@ -278,11 +281,11 @@ fn wrong(text: String) -> Failure {
 }
 
 /// A secret as orchestrators mount it: the file's text without the newline at its end.
-fn read_secret(option: &str, path: &Path) -> Result<String> {
+fn read_secret(setting: &str, path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         // Missing or unreadable is the same remedy: mount it. Its content is never shown.
         wrong(format!(
-            "sink.options_from_file: {option}: {error} (file: {:?})",
+            "{setting}: {error} (file: {:?})",
             path.display().to_string()
         ))
     })?;

@@ -1,19 +1,25 @@
 //! `[store]`: which store, how it is opened and made. A store is one variant here, and nothing elsewhere.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use outbox::OutboxStore;
+use outbox::postgres::{self, PostgresConfig, PostgresStore};
 use outbox::sqlite::{self, SqliteConfig, SqliteStore};
 
 use super::de::{self, Problem};
-use super::tree::Node;
-use super::{complain, take_type, unknown_type};
+use super::tree::{Node, Value};
+use super::{complain, read_secret, take_type, unknown_type, wrong};
 use crate::exit::Result;
+
+/// What `type` may be.
+const EXPECTED: &str = "sqlite or postgres";
 
 /// `[store]`
 #[derive(Debug)]
 pub(crate) enum StoreSettings {
     Sqlite(SqliteConfig),
+    Postgres(PostgresConfig),
 }
 
 /// What making the outbox, or bringing it up to date, did.
@@ -28,9 +34,10 @@ pub(crate) struct Migration {
 
 impl StoreSettings {
     pub(super) fn read(mut node: Node) -> Result<Self> {
-        match take_type("store", &mut node, "sqlite")?.as_str() {
+        match take_type("store", &mut node, EXPECTED)?.as_str() {
             "sqlite" => Ok(Self::Sqlite(section(node)?)),
-            other => Err(unknown_type("store", other, "sqlite")),
+            "postgres" => Ok(Self::Postgres(section(with_url_from_file(node)?)?)),
+            other => Err(unknown_type("store", other, EXPECTED)),
         }
     }
 
@@ -38,6 +45,7 @@ impl StoreSettings {
     pub(crate) async fn open(&self) -> Result<Arc<dyn OutboxStore>> {
         match self {
             Self::Sqlite(config) => Ok(Arc::new(SqliteStore::open(config.clone())?)),
+            Self::Postgres(config) => Ok(Arc::new(PostgresStore::connect(config.clone()).await?)),
         }
     }
 
@@ -53,6 +61,15 @@ impl StoreSettings {
                     to,
                 })
             }
+            Self::Postgres(config) => {
+                let postgres::Migrated { from, to } = postgres::migrate(config).await?;
+                Ok(Migration {
+                    store: "postgres",
+                    prefix: format!("{}.{}", config.schema, config.prefix),
+                    from,
+                    to,
+                })
+            }
         }
     }
 
@@ -60,6 +77,7 @@ impl StoreSettings {
     pub(crate) fn migration_sql(&self) -> String {
         match self {
             Self::Sqlite(config) => sqlite::migration_sql(config),
+            Self::Postgres(config) => postgres::migration_sql(config),
         }
     }
 
@@ -67,8 +85,33 @@ impl StoreSettings {
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::Sqlite(config) => format!("sqlite {}", config.path.display()),
+            Self::Postgres(config) => config.describe(),
         }
     }
+}
+
+/// Puts a URL in its place that stands in a file, because it holds a password.
+fn with_url_from_file(mut node: Node) -> Result<Node> {
+    const SETTING: &str = "store.url_from_file";
+    let Some(file) = node.take("url_from_file") else {
+        return Ok(node);
+    };
+    let origin = file.origin.clone();
+    if node.get("url").is_some() {
+        return Err(wrong(format!(
+            "{origin}: {SETTING}: the URL is given twice, also as store.url"
+        )));
+    }
+    let path: PathBuf =
+        de::read(file).map_err(|problem| complain(problem.within("url_from_file").within("store")))?;
+    let url = Node {
+        value: Value::Text(read_secret(SETTING, &path)?),
+        origin,
+    };
+    if let Some(entries) = node.entries() {
+        entries.insert("url".to_owned(), url);
+    }
+    Ok(node)
 }
 
 /// Reads the settings of one store. A `url` may hold a password: its text is in no complaint, wherever it got into.
