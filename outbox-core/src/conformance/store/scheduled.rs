@@ -90,12 +90,12 @@ pub async fn scheduled_in_order<H: StoreHarness>() {
 pub async fn scheduled_is_fenced<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;
     let mut old = bench.owner("old").await;
-    let due = bench.database_now(&mut old).await + Duration::from_millis(300);
+    let due = bench.database_now(&mut old).await + Duration::from_secs(1);
     bench.commit(&[at(&bench, "a", "planned", due)]).await;
     let stale = old.owned.clone();
     old.release_all(Membership::Stays).await;
     let mut new = bench.owner("new").await;
-    let until = Instant::now() + Duration::from_millis(800);
+    let until = Instant::now() + Duration::from_millis(1_500);
     while Instant::now() < until {
         let promotion = power(&*old.store).promote(&old.id, &stale, 10).await.unwrap();
         assert_eq!(
