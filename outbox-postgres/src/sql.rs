@@ -92,15 +92,15 @@ pub(crate) fn grants(config: &PostgresConfig, role: &Identifier, relay: bool) ->
         );
         grant("SELECT", "TABLE", &["_meta", "_status"]);
     } else {
-        let columns = "message_id, topic, key, payload, headers, content_type";
-        grant(&format!("INSERT ({columns}, key_seq)"), "TABLE", &[""]);
+        grant(&format!("INSERT ({MESSAGE})"), "TABLE", &[""]);
         grant("USAGE", "SEQUENCE", &["_id_seq"]);
         grant(
-            &format!("INSERT ({columns}, deliver_at)"),
+            &format!("INSERT ({MESSAGE}, deliver_at)"),
             "TABLE",
             &["_scheduled"],
         );
         if config.ordering == Ordering::Sequenced {
+            grant("INSERT (key_seq)", "TABLE", &[""]);
             grant("SELECT, INSERT, UPDATE", "TABLE", &["_sequence"]);
         }
         grant("SELECT, INSERT, DELETE", "TABLE", &["_inbox"]);
