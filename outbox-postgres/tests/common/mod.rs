@@ -245,7 +245,7 @@ pub(crate) fn message(topic: &str, key: Option<&str>, payload: &str) -> Message 
 }
 
 /// Runs SQL in the server's own shell.
-pub(crate) fn psql(url: &str, sql: &str) -> Output {
+pub(crate) fn psql(url: &str, sql: impl AsRef<[u8]>) -> Output {
     let mut shell = Command::new(format!("{}/psql", variable("OUTBOX_TEST_POSTGRES_BIN")))
         .args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-", url])
         .env("PGCLIENTENCODING", "UTF8")
@@ -255,7 +255,7 @@ pub(crate) fn psql(url: &str, sql: &str) -> Output {
         .spawn()
         .unwrap();
     // A shell that gave up reads no further.
-    let _ = shell.stdin.take().unwrap().write_all(sql.as_bytes());
+    let _ = shell.stdin.take().unwrap().write_all(sql.as_ref());
     shell.wait_with_output().unwrap()
 }
 
