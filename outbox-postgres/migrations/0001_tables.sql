@@ -17,7 +17,7 @@ CREATE TABLE {schema}."{prefix}" (
     payload      bytea,
     headers      json,
     content_type text COLLATE "C" CHECK (content_type <> ''),
-    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(created_at)),
     key_seq      bigint{numbered},
     PRIMARY KEY (shard, id)
 ) WITH (
@@ -71,14 +71,15 @@ CREATE TABLE {schema}."{prefix}_scheduled" (
     shard        smallint NOT NULL GENERATED ALWAYS AS
                  ((('x' || left(md5(coalesce(key, uuid_send(message_id))), 8))::bit(32)::bigint % {shards})::smallint) STORED,
     id           bigint GENERATED ALWAYS AS IDENTITY,
-    deliver_at   timestamptz NOT NULL,
+    -- From a time that never comes no span can be counted, and the relay would fail at it for ever.
+    deliver_at   timestamptz NOT NULL CHECK (isfinite(deliver_at)),
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
     topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')),
     key          bytea CHECK (octet_length(key) <= 1024),
     payload      bytea,
     headers      json,
     content_type text COLLATE "C" CHECK (content_type <> ''),
-    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(created_at)),
     PRIMARY KEY (shard, deliver_at, id)
 );
 

@@ -149,13 +149,18 @@ pub(crate) async fn check(sessions: &Sessions, config: &PostgresConfig) -> Resul
         ));
     }
     let default = session
-        .rows(sql::POSITION_DEFAULT.query().bind(sql::table(config)))
+        .rows(
+            sql::POSITION_DEFAULT
+                .query()
+                .bind(sql::table(config))
+                .bind(sql::sequence(config)),
+        )
         .await?;
-    let default = match default.first() {
-        Some(row) => text(row, 0).during(CHECK)?.unwrap_or_default().to_owned(),
-        None => String::new(),
+    let intact = match default.first() {
+        Some(row) => flag(row, 0).during(CHECK)?,
+        None => false,
     };
-    if !(default.contains("pg_current_xact_id()") && default.contains("nextval(")) {
+    if !intact {
         return Err(schema(
             "the default of the column id is altered: it must be the one that migrate made, or messages are lost".into(),
         ));

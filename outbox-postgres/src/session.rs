@@ -22,6 +22,9 @@ use crate::sql::safe;
 #[derive(Debug, Clone)]
 pub(crate) struct Settings(Vec<(&'static str, String)>);
 
+/// Locks are waited for and then seen as they are, whatever the database's or the role's default.
+const ISOLATION: &str = "read committed";
+
 impl Settings {
     /// For leases, for operators and for settlements that wait for the disk, whatever the server's default.
     pub(crate) fn durable(config: &PostgresConfig) -> Self {
@@ -78,7 +81,7 @@ impl Settings {
             .iter()
             .map(|(name, value)| format!("; SET LOCAL {name} = '{value}'"))
             .collect();
-        format!("BEGIN{settings}")
+        format!("BEGIN ISOLATION LEVEL {ISOLATION}{settings}")
     }
 }
 
@@ -129,12 +132,14 @@ impl Opening {
         Ok(if self.pooler {
             options
         } else {
-            options.options(
-                self.settings
-                    .0
-                    .iter()
-                    .map(|(name, value)| (*name, value.as_str())),
-            )
+            options
+                .options([("default_transaction_isolation", ISOLATION)])
+                .options(
+                    self.settings
+                        .0
+                        .iter()
+                        .map(|(name, value)| (*name, value.as_str())),
+                )
         })
     }
 

@@ -92,15 +92,15 @@ pub(crate) fn grants(config: &PostgresConfig, role: &Identifier, relay: bool) ->
         );
         grant("SELECT", "TABLE", &["_meta", "_status"]);
     } else {
-        let columns = "message_id, topic, key, payload, headers, content_type";
-        grant(&format!("INSERT ({columns}, key_seq)"), "TABLE", &[""]);
+        grant(&format!("INSERT ({MESSAGE})"), "TABLE", &[""]);
         grant("USAGE", "SEQUENCE", &["_id_seq"]);
         grant(
-            &format!("INSERT ({columns}, deliver_at)"),
+            &format!("INSERT ({MESSAGE}, deliver_at)"),
             "TABLE",
             &["_scheduled"],
         );
         if config.ordering == Ordering::Sequenced {
+            grant("INSERT (key_seq)", "TABLE", &[""]);
             grant("SELECT, INSERT, UPDATE", "TABLE", &["_sequence"]);
         }
         grant("SELECT, INSERT, DELETE", "TABLE", &["_inbox"]);
@@ -135,8 +135,14 @@ pub(crate) const SERVER: Once = once(
 pub(crate) const SEQUENCE: Once = once(
     "SELECT seqcache = 1 AND seqincrement = 1 AND NOT seqcycle FROM pg_catalog.pg_sequence WHERE seqrelid = to_regclass($1)",
 );
+/// Whether positions are drawn after the transaction has its number, from the sequence `$2`: the expression may name it
+/// in several ways, but depends on it. To look for the parts of it would not do, because their order is what matters.
 pub(crate) const POSITION_DEFAULT: Once = once(
-    "SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_catalog.pg_attrdef d \
+    "SELECT regexp_replace(pg_get_expr(d.adbin, d.adrelid), '\\s', '', 'g') LIKE \
+       'nextval(CASEWHEN(pg_current_xact_id()ISNOTNULL)THEN''%''::regclassELSENULL::regclassEND)' \
+       AND EXISTS (SELECT 1 FROM pg_catalog.pg_depend p WHERE p.classid = 'pg_catalog.pg_attrdef'::regclass \
+         AND p.objid = d.oid AND p.refclassid = 'pg_catalog.pg_class'::regclass AND p.refobjid = to_regclass($2)) \
+     FROM pg_catalog.pg_attrdef d \
      JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum \
      WHERE d.adrelid = to_regclass($1) AND a.attname = 'id'",
 );

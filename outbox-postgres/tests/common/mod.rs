@@ -6,6 +6,8 @@
     reason = "a panic in a test is a failure with a place"
 )]
 
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +44,8 @@ pub(crate) struct Place {
     /// For producers and for looking.
     pub(crate) pool: PgPool,
     pub(crate) relay: RelayId,
+    /// Where the administrator is served, without pooler or proxy.
+    pub(crate) direct: String,
 }
 
 impl Place {
@@ -50,15 +54,20 @@ impl Place {
     }
 
     pub(crate) async fn with(adjust: impl FnOnce(&mut PostgresConfig)) -> Self {
+        Self::at(url(), adjust).await
+    }
+
+    /// The same on another server.
+    pub(crate) async fn at(url: String, adjust: impl FnOnce(&mut PostgresConfig)) -> Self {
         let mut config = PostgresConfig {
             schema: Identifier::new(&unique("t")).unwrap(),
-            ..PostgresConfig::new(url())
+            ..PostgresConfig::new(&url)
         };
         adjust(&mut config);
         // The schema is always made without the pooler that may be under test.
         let direct = PostgresConfig {
             pooler: false,
-            url: url().into(),
+            url: url.clone().into(),
             ..config.clone()
         };
         migrate(&direct).await.unwrap();
@@ -67,16 +76,17 @@ impl Place {
             outbox: PostgresOutbox::new(&direct).unwrap(),
             pool: PgPoolOptions::new()
                 .max_connections(20)
-                .connect(&url())
+                .connect(&url)
                 .await
                 .unwrap(),
             relay: RelayId::new("relay"),
             config,
+            direct: url,
         }
     }
 
     pub(crate) async fn connect(&self) -> PgConnection {
-        PgConnection::connect(&url()).await.unwrap()
+        PgConnection::connect(&self.direct).await.unwrap()
     }
 
     /// The quoted name of one of the outbox's tables.
@@ -157,7 +167,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let (schema, url) = (self.config.schema.clone(), url());
+        let (schema, url) = (self.config.schema.clone(), self.direct.clone());
         // The test's own runtime may be at its end.
         let cleaning = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -232,6 +242,29 @@ pub(crate) fn message(topic: &str, key: Option<&str>, payload: &str) -> Message 
         builder = builder.key(key.to_owned());
     }
     builder.build().unwrap()
+}
+
+/// Runs SQL in the server's own shell.
+pub(crate) fn psql(url: &str, sql: impl AsRef<[u8]>) -> Output {
+    let mut shell = Command::new(format!("{}/psql", variable("OUTBOX_TEST_POSTGRES_BIN")))
+        .args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-", url])
+        .env("PGCLIENTENCODING", "UTF8")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A shell that gave up reads no further.
+    let _ = shell.stdin.take().unwrap().write_all(sql.as_ref());
+    shell.wait_with_output().unwrap()
+}
+
+/// The same, which must succeed; what it printed.
+pub(crate) fn done(url: &str, sql: &str) -> String {
+    let output = psql(url, sql);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{sql}: {said}");
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
 /// Asks until there is an answer, for so long at most.
