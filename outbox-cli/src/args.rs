@@ -206,6 +206,14 @@ pub(crate) struct MigrateArgs {
     #[arg(long, conflicts_with = "json")]
     pub(crate) print: bool,
 
+    /// Print what to grant to the role that enqueues and consumes, and change nothing
+    #[arg(long, value_name = "ROLE", conflicts_with = "json")]
+    pub(crate) print_grants_to_producer: Option<String>,
+
+    /// Print what to grant to the role that runs relays and operates, and change nothing
+    #[arg(long, value_name = "ROLE", conflicts_with = "json")]
+    pub(crate) print_grants_to_relay: Option<String>,
+
     /// Print what was done as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -325,7 +333,18 @@ pub(crate) enum ConfigCommand {
     },
     /// Print an example with every setting, its default and what it is for
     #[command(after_help = CONFIG_EXAMPLES)]
-    Example,
+    Example {
+        /// For which store
+        #[arg(long, value_enum, default_value = "sqlite")]
+        store: ExampleStore,
+    },
+}
+
+/// The stores of which there is an example.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ExampleStore {
+    Sqlite,
+    Postgres,
 }
 
 /// Under what the options stand that all commands have.
@@ -395,6 +414,7 @@ const MIGRATE_EXAMPLES: &str = "\
 Examples:
   outbox migrate --config outbox.toml
   outbox migrate --config outbox.toml --print        the SQL, for migrations of your own
+  outbox migrate --config outbox.toml --print-grants-to-producer shop --print-grants-to-relay outbox_relay
 
 Safe to run again, from several machines at once, and beside running relays.";
 
@@ -419,6 +439,7 @@ Exit code 1 when one of the named messages is not parked (any more).";
 const CONFIG_EXAMPLES: &str = "\
 Examples:
   outbox config example > outbox.toml
+  outbox config example --store postgres > outbox.toml
   outbox config check --config outbox.toml
   outbox config check --config outbox.toml --connect";
 

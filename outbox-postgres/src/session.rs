@@ -1,17 +1,18 @@
 //! Connections, and the one way to use them.
 //!
 //! What was interrupted is never used again. A future of sqlx's that is dropped half-way leaves its connection in the
-//! middle of an answer or, worse, of a transaction that the pool does not know of, into which later writes vanish. So
+//! middle of an answer or, worse, of a transaction that nobody knows of, into which later writes vanish. So
 //! a session that was not [finished](Session::finish) closes its connection, whatever it was doing; the server then
 //! rolls back.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use outbox_core::{Error, ErrorKind, Result};
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow, Postgres};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, Postgres};
 use sqlx::query::Query;
 use sqlx::{Connection, Executor};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use crate::config::PostgresConfig;
@@ -157,32 +158,55 @@ impl Opening {
     }
 }
 
-/// Connections of one kind, opened when they are needed.
+/// Connections of one kind, opened when they are needed and kept for the next time.
+///
+/// Not sqlx's pool: that asks each connection something when it comes back and waits for the answer without a limit. A
+/// network that swallows the question would cost the relay one connection for good, and it has few.
 #[derive(Debug, Clone)]
 pub(crate) struct Sessions {
-    pool: PgPool,
     opening: Opening,
+    options: PgConnectOptions,
+    /// Connections that nobody uses. The lock is held for a push or a pop.
+    idle: Idle,
+    /// One for each connection that may be open.
+    permits: Arc<Semaphore>,
 }
+
+type Idle = Arc<Mutex<Vec<PgConnection>>>;
 
 impl Sessions {
     /// Opens none yet.
     pub(crate) fn new(config: &PostgresConfig, settings: Settings, most: u32) -> Result<Self> {
         let opening = Opening::new(config, settings);
-        let pool = PgPoolOptions::new()
-            .max_connections(most)
-            .acquire_timeout(config.connect_timeout)
-            // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask
-            // each time.
-            .test_before_acquire(false)
-            .connect_lazy_with(opening.options(config)?);
-        Ok(Self { pool, opening })
+        Ok(Self {
+            options: opening.options(config)?,
+            opening,
+            idle: Idle::default(),
+            permits: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX))),
+        })
     }
 
     /// A session for single statements, each its own transaction.
     pub(crate) async fn open(&self, operation: &'static str) -> Result<Session> {
-        let connection = self.pool.acquire().await.during(operation)?;
+        let connect = async {
+            let permit = Arc::clone(&self.permits)
+                .acquire_owned()
+                .await
+                .map_err(|_| Error::new(ErrorKind::Unavailable, operation, "the store is being dropped"))?;
+            let kept = lock(&self.idle).pop();
+            let connection = match kept {
+                Some(connection) => connection,
+                None => PgConnection::connect_with(&self.options)
+                    .await
+                    .during(operation)?,
+            };
+            Ok((permit, connection))
+        };
+        let (permit, connection) = within(self.opening.connect_timeout, operation, connect).await?;
         let mut session = Session {
             connection: Some(connection),
+            idle: Arc::clone(&self.idle),
+            _permit: permit,
             operation,
             limit: self.opening.limit,
             open: false,
@@ -204,11 +228,17 @@ impl Sessions {
     }
 }
 
+fn lock(idle: &Idle) -> MutexGuard<'_, Vec<PgConnection>> {
+    idle.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A connection that is lent for one operation.
 #[derive(Debug)]
 pub(crate) struct Session {
     /// None once it is given back.
-    connection: Option<PoolConnection<Postgres>>,
+    connection: Option<PgConnection>,
+    idle: Idle,
+    _permit: OwnedSemaphorePermit,
     operation: &'static str,
     limit: Duration,
     /// Whether a transaction is open.
@@ -267,14 +297,14 @@ impl Session {
         if self.open {
             self.run("COMMIT".to_owned()).await?;
         }
-        // Back to the pool, in a state that is known.
-        drop(self.connection.take());
+        // Back to the others, in a state that is known.
+        lock(&self.idle).extend(self.connection.take());
         Ok(())
     }
 
     fn lent(&mut self) -> Result<&mut PgConnection> {
         match &mut self.connection {
-            Some(connection) => Ok(&mut **connection),
+            Some(connection) => Ok(connection),
             None => Err(Error::new(
                 ErrorKind::Unexpected,
                 self.operation,
@@ -286,9 +316,10 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(connection) = self.connection.take() {
-            // Taken out of the pool and closed with its socket.
-            drop(connection.detach());
+        if self.connection.take().is_some() {
+            // Closed with its socket, and the idle ones as well: what broke it, a restart or a network, has most likely
+            // broken them, and each would cost somebody a failure to find that out.
+            lock(&self.idle).clear();
         }
     }
 }

@@ -3,12 +3,12 @@
 use crate::args::ConfigCommand;
 use crate::exit::{Answer, Result};
 use crate::output;
-use crate::settings::{EXAMPLE, Settings};
+use crate::settings::{Settings, example};
 use crate::stdout_sink::Gone;
 
 pub(crate) async fn run(command: &ConfigCommand) -> Result<Answer> {
     match command {
-        ConfigCommand::Example => output::line(EXAMPLE.trim_end())?,
+        ConfigCommand::Example { store } => output::line(example(*store).trim_end())?,
         ConfigCommand::Check { config, connect } => {
             let settings = super::settings(config)?;
             check(&settings, *connect).await?;

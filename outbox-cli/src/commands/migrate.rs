@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::args::MigrateArgs;
 use crate::exit::{Answer, Result};
 use crate::output;
-use crate::settings::Migration;
+use crate::settings::{Migration, RoleKind};
 
 /// What was done, for machines.
 #[derive(Serialize)]
@@ -19,8 +19,20 @@ struct Done {
 
 pub(crate) async fn run(args: &MigrateArgs) -> Result<Answer> {
     let settings = super::settings(&args.config)?;
+    let mut printed = String::new();
     if args.print {
-        output::line(settings.store.migration_sql().trim_end())?;
+        printed += &settings.store.migration_sql();
+    }
+    for (role, kind) in [
+        (&args.print_grants_to_producer, RoleKind::Produce),
+        (&args.print_grants_to_relay, RoleKind::Relay),
+    ] {
+        if let Some(role) = role {
+            printed += &settings.store.grant_sql(kind, role)?;
+        }
+    }
+    if !printed.is_empty() {
+        output::line(printed.trim_end())?;
         return Ok(Answer::Yes);
     }
     let Migration {

@@ -16,13 +16,25 @@ use outbox::{RelayConfig, RelayId, Sink};
 use serde::de::DeserializeOwned;
 
 use self::de::Problem;
-pub(crate) use self::store::{Migration, StoreSettings};
+pub(crate) use self::store::{Migration, RoleKind, StoreSettings};
 use self::tree::{Node, Origin, Value};
+use crate::args::ExampleStore;
 use crate::exit::{Code, Failure, Result};
 use crate::stdout_sink::{Gone, StdoutSink};
 
-/// An example with every setting and its default.
-pub(crate) const EXAMPLE: &str = include_str!("example.toml");
+/// An example with every setting and its default, for a store.
+pub(crate) fn example(store: ExampleStore) -> String {
+    let store = match store {
+        ExampleStore::Sqlite => include_str!("example/sqlite.toml"),
+        ExampleStore::Postgres => include_str!("example/postgres.toml"),
+    };
+    [
+        include_str!("example/head.toml"),
+        store,
+        include_str!("example/sink_and_relay.toml"),
+    ]
+    .concat()
+}
 
 /// All settings, checked as far as that needs no connection.
 #[derive(Debug)]

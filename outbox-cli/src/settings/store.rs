@@ -10,7 +10,7 @@ use outbox::sqlite::{self, SqliteConfig, SqliteStore};
 use super::de::{self, Problem};
 use super::tree::{Node, Value};
 use super::{complain, read_secret, take_type, unknown_type, wrong};
-use crate::exit::Result;
+use crate::exit::{Code, Failure, Result};
 
 /// What `type` may be.
 const EXPECTED: &str = "sqlite or postgres";
@@ -20,6 +20,13 @@ const EXPECTED: &str = "sqlite or postgres";
 pub(crate) enum StoreSettings {
     Sqlite(SqliteConfig),
     Postgres(PostgresConfig),
+}
+
+/// What a role is for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum RoleKind {
+    Produce,
+    Relay,
 }
 
 /// What making the outbox, or bringing it up to date, did.
@@ -78,6 +85,27 @@ impl StoreSettings {
         match self {
             Self::Sqlite(config) => sqlite::migration_sql(config),
             Self::Postgres(config) => postgres::migration_sql(config),
+        }
+    }
+
+    /// What a role needs, in stores that have roles.
+    pub(crate) fn grant_sql(&self, kind: RoleKind, role: &str) -> Result<String> {
+        match self {
+            Self::Sqlite(_) => Err(Failure::new(
+                Code::Usage,
+                "SQLite has no roles: the permissions of the file decide",
+            )),
+            Self::Postgres(config) => {
+                let kind = match kind {
+                    RoleKind::Produce => postgres::Role::Produce,
+                    RoleKind::Relay => postgres::Role::Relay,
+                };
+                Ok(postgres::grant_sql(
+                    config,
+                    kind,
+                    &postgres::Identifier::new(role)?,
+                ))
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! What is understood, and what is refused how.
 
+use outbox::postgres::PostgresConfig;
 use outbox::sqlite::SqliteConfig;
 
 use super::*;
@@ -31,10 +32,11 @@ const STORE: &str = "[store]\ntype = 'sqlite'\npath = 'a.db'\n";
 
 #[test]
 fn the_example_shows_all_settings_and_their_defaults() {
-    let shown = load(EXAMPLE, &[]).unwrap();
+    let example = example(ExampleStore::Sqlite);
+    let shown = load(&example, &[]).unwrap();
     assert_eq!(shown.relay.config, RelayConfig::default());
     // With every default written out the meaning is the same.
-    let written: String = EXAMPLE
+    let written: String = example
         .lines()
         .map(|line| match line.strip_prefix('#') {
             Some(rest) if !rest.is_empty() && !rest.starts_with(' ') && !rest.starts_with("rate_limit") => {
@@ -52,17 +54,75 @@ fn the_example_shows_all_settings_and_their_defaults() {
     assert_eq!(spelt.relay.name, shown.relay.name);
     assert_eq!((&shown.relay.listen, shown.relay.listen_public), (&None, false));
     assert_eq!(spelt.relay.listen.as_deref(), Some("127.0.0.1:9090"));
-    let StoreSettings::Sqlite(store) = spelt.store;
+    let StoreSettings::Sqlite(store) = spelt.store else {
+        panic!("{:?}", spelt.store)
+    };
     assert_eq!(store, SqliteConfig::new("app.db"));
     assert_eq!(kafka(&written, &[]), KafkaConfig::new("localhost:9092"));
     // Nothing that can be set is missing.
     for field in fields(&RelayConfig::default()).chain(fields(&SqliteConfig::default())) {
         let known = |line: &str| line.trim_start_matches('#').starts_with(&format!("{field} = "));
         assert!(
-            field == "limits" || EXAMPLE.lines().any(known),
+            field == "limits" || example.lines().any(known),
             "{field} is missing"
         );
     }
+}
+
+/// What is written out for PostgreSQL is what the crate does by itself.
+#[test]
+fn the_example_for_postgres_shows_the_defaults() {
+    let example = example(ExampleStore::Postgres);
+    let store = |text: &str| match load(text, &[]).unwrap().store {
+        StoreSettings::Postgres(config) => format!("{config:?}"),
+        other => panic!("{other:?}"),
+    };
+    let url = "postgres://relay@localhost/app";
+    let default = format!("{:?}", PostgresConfig::new(url));
+    let written: String = example
+        .lines()
+        .map(|line| match line.strip_prefix('#') {
+            Some(rest) if !rest.is_empty() && !rest.starts_with(' ') => rest,
+            _ => line,
+        })
+        .take_while(|line| !line.starts_with("[sink]"))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    assert_eq!(store(&example), default);
+    assert_eq!(store(&written), default);
+    // Nothing that can be set is missing: the names are those that `Debug` shows.
+    for field in default.split(", ").filter_map(|part| part.split_once(": ")) {
+        let name = field.0.trim_start_matches("PostgresConfig { ");
+        let known = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
+        let inner = ["limits", "max_headers", "require_key"].contains(&name);
+        assert!(inner || example.lines().any(known), "{name} is missing");
+    }
+}
+
+/// A URL may stand in a file, and is told nowhere.
+#[test]
+fn a_url_may_stand_in_a_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "postgres://relay:canary@localhost/app\n").unwrap();
+    let text = |more: &str| {
+        format!(
+            "[store]\ntype = 'postgres'\nurl_from_file = {:?}\n{more}",
+            file.path().display().to_string()
+        )
+    };
+    let settings = load(&text(""), &[]).unwrap();
+    assert_eq!(settings.store.describe(), "postgres://localhost:5432/app");
+    assert!(!format!("{settings:?}").contains("canary"));
+    let twice = refusal(&text("url = 'postgres://relay:canary@localhost/app'"), &[]);
+    assert!(
+        twice.contains("given twice") && !twice.contains("canary"),
+        "{twice}"
+    );
+    let missing = refusal(
+        "[store]\ntype = 'postgres'\nurl_from_file = '/nowhere/at/all'",
+        &[],
+    );
+    assert!(missing.contains("store.url_from_file"), "{missing}");
 }
 
 fn fields(config: &impl serde::Serialize) -> impl Iterator<Item = String> {
@@ -109,7 +169,9 @@ fn the_environment_has_the_last_word() {
         ("OUTBOX_TEST_KAFKA", "not ours"),
     ];
     let settings = load(&text, &environment).unwrap();
-    let StoreSettings::Sqlite(store) = &settings.store;
+    let StoreSettings::Sqlite(store) = &settings.store else {
+        panic!("{:?}", settings.store)
+    };
     assert_eq!((store.path.to_str(), store.archive), (Some("123"), true));
     assert_eq!(settings.relay.config.batch_rows, 77);
     assert_eq!(settings.relay.config.on_failure, outbox::OnFailure::Park);
