@@ -1,17 +1,18 @@
 //! Connections, and the one way to use them.
 //!
 //! What was interrupted is never used again. A future of sqlx's that is dropped half-way leaves its connection in the
-//! middle of an answer or, worse, of a transaction that the pool does not know of, into which later writes vanish. So
+//! middle of an answer or, worse, of a transaction that nobody knows of, into which later writes vanish. So
 //! a session that was not [finished](Session::finish) closes its connection, whatever it was doing; the server then
 //! rolls back.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use outbox_core::{Error, ErrorKind, Result};
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow, Postgres};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, Postgres};
 use sqlx::query::Query;
 use sqlx::{Connection, Executor};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use crate::config::PostgresConfig;
@@ -159,35 +160,83 @@ impl Opening {
     }
 }
 
-/// Connections of one kind, opened when they are needed.
-#[derive(Debug, Clone)]
+/// Connections of one kind, opened when they are needed and kept for the next session.
+///
+/// Not sqlx's pool: that one asks the server something whenever a connection comes back, and waits for the answer without
+/// a limit. A connection that a firewall forgets in that moment keeps its place until the system gives up, in a quarter
+/// of an hour; a few of them, and nothing goes any more.
+#[derive(Clone)]
 pub(crate) struct Sessions {
-    pool: PgPool,
+    options: PgConnectOptions,
     opening: Opening,
+    shared: Arc<Shared>,
 }
+
+struct Shared {
+    /// One permit for each connection that may be open.
+    places: Arc<Semaphore>,
+    /// The one that was used last comes last, and is used next. Held for a push or a pop, never while waiting.
+    idle: Mutex<Vec<Idle>>,
+}
+
+struct Idle {
+    connection: PgConnection,
+    opened: Instant,
+    since: Instant,
+}
+
+/// What is idle for so long may have been forgotten on the way.
+const MAX_IDLE: Duration = Duration::from_secs(5 * 60);
+/// A session of the server's that lives for ever only grows.
+const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 
 impl Sessions {
     /// Opens none yet.
     pub(crate) fn new(config: &PostgresConfig, settings: Settings, most: u32) -> Result<Self> {
         let opening = Opening::new(config, settings);
-        let pool = PgPoolOptions::new()
-            .max_connections(most)
-            .acquire_timeout(config.connect_timeout)
-            // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask
-            // each time.
-            .test_before_acquire(false)
-            .connect_lazy_with(opening.options(config)?);
-        Ok(Self { pool, opening })
+        Ok(Self {
+            options: opening.options(config)?,
+            opening,
+            shared: Arc::new(Shared {
+                places: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX))),
+                idle: Mutex::new(Vec::new()),
+            }),
+        })
     }
 
     /// A session for single statements, each its own transaction.
     pub(crate) async fn open(&self, operation: &'static str) -> Result<Session> {
-        let connection = self.pool.acquire().await.during(operation)?;
+        let patience = self.opening.connect_timeout;
+        let place = timeout(patience, Arc::clone(&self.shared.places).acquire_owned())
+            .await
+            .ok()
+            .and_then(std::result::Result::ok)
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Unavailable,
+                    operation,
+                    "no connection became free in time: the server is slow or max_connections too low",
+                )
+            })?;
+        // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask each
+        // time.
+        let (connection, opened) = match self.shared.take() {
+            Some(idle) => (idle.connection, idle.opened),
+            None => {
+                let connection = within(patience, operation, async {
+                    PgConnection::connect_with(&self.options).await.during(operation)
+                });
+                (connection.await?, Instant::now())
+            }
+        };
         let mut session = Session {
             connection: Some(connection),
+            opened,
+            shared: Arc::clone(&self.shared),
             operation,
             limit: self.opening.limit,
             open: false,
+            _place: place,
         };
         // Behind a pooler only a transaction stays on one connection of the server's.
         if self.opening.pooler {
@@ -206,15 +255,30 @@ impl Sessions {
     }
 }
 
-/// A connection that is lent for one operation.
-#[derive(Debug)]
+impl Shared {
+    fn take(&self) -> Option<Idle> {
+        let mut idle = self.idle();
+        idle.retain(|idle| idle.since.elapsed() < MAX_IDLE && idle.opened.elapsed() < MAX_AGE);
+        idle.pop()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection that is lent for one operation. One that was not finished is closed with its socket when it is dropped.
 pub(crate) struct Session {
     /// None once it is given back.
-    connection: Option<PoolConnection<Postgres>>,
+    connection: Option<PgConnection>,
+    opened: Instant,
+    shared: Arc<Shared>,
     operation: &'static str,
     limit: Duration,
     /// Whether a transaction is open.
     open: bool,
+    /// Comes after the connection: it is free when that is given back, or closed.
+    _place: OwnedSemaphorePermit,
 }
 
 impl Session {
@@ -269,28 +333,25 @@ impl Session {
         if self.open {
             self.run("COMMIT".to_owned()).await?;
         }
-        // Back to the pool, in a state that is known.
-        drop(self.connection.take());
+        // In a state that is known.
+        if let Some(connection) = self.connection.take() {
+            self.shared.idle().push(Idle {
+                connection,
+                opened: self.opened,
+                since: Instant::now(),
+            });
+        }
         Ok(())
     }
 
     fn lent(&mut self) -> Result<&mut PgConnection> {
         match &mut self.connection {
-            Some(connection) => Ok(&mut **connection),
+            Some(connection) => Ok(connection),
             None => Err(Error::new(
                 ErrorKind::Unexpected,
                 self.operation,
                 "the session is over",
             )),
-        }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        if let Some(connection) = self.connection.take() {
-            // Taken out of the pool and closed with its socket.
-            drop(connection.detach());
         }
     }
 }
