@@ -56,17 +56,24 @@ impl fmt::Display for Said {
 
 impl std::error::Error for Said {}
 
+const UNTRUSTED: &str = "no trusted connection: does the server offer TLS, is its certificate valid for this host, is its \
+                         CA known (sslrootcert), was this program built with TLS?";
+
 fn explain_client(error: &sqlx::Error) -> (ErrorKind, &'static str) {
     match error {
+        // What the TLS library refuses comes as such an error of the socket's.
+        sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+            (ErrorKind::Unavailable, UNTRUSTED)
+        }
+        sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::NotFound => (
+            ErrorKind::Unavailable,
+            "a file is not there: is the server up that should have made its socket, or is sslrootcert wrong?",
+        ),
         sqlx::Error::Io(_) => (
             ErrorKind::Unavailable,
             "the connection to the server failed: is it up, are host and port right?",
         ),
-        sqlx::Error::Tls(_) => (
-            ErrorKind::Unavailable,
-            "no trusted connection: does the server offer TLS, is its certificate valid for this host, is its CA known \
-             (sslrootcert), was this program built with TLS?",
-        ),
+        sqlx::Error::Tls(_) => (ErrorKind::Unavailable, UNTRUSTED),
         sqlx::Error::PoolTimedOut => (
             ErrorKind::Unavailable,
             "no connection became free in time: the server is slow or max_connections too low",

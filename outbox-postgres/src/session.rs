@@ -6,7 +6,7 @@
 //! rolls back.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outbox_core::{Error, ErrorKind, Result};
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, Postgres};
@@ -29,35 +29,39 @@ const ISOLATION: &str = "read committed";
 impl Settings {
     /// For leases, for operators and for settlements that wait for the disk, whatever the server's default.
     pub(crate) fn durable(config: &PostgresConfig) -> Self {
-        Self::bounded(config, true)
+        Self(vec![
+            (
+                "statement_timeout",
+                config.statement_timeout.as_millis().to_string(),
+            ),
+            ("synchronous_commit", "on".to_owned()),
+        ])
     }
 
     /// For settlements. The plan must not depend on how full the table was when it was made, so it is made once, for
     /// any parameters, and uses the primary key.
     pub(crate) fn settling(config: &PostgresConfig) -> Self {
         let durable = config.synchronous_settle || config.pooler;
-        Self::bounded(config, durable).with_index_plans()
-    }
-
-    /// For readers; the same of plans.
-    pub(crate) fn reading(config: &PostgresConfig) -> Self {
-        Self::bounded(config, true).with_index_plans()
-    }
-
-    /// A relay that stands still in the middle of a transaction must not keep its locks for longer than a lease lasts.
-    fn bounded(config: &PostgresConfig, durable: bool) -> Self {
-        let millis = |limit: Duration| limit.as_millis().to_string();
         Self(vec![
-            ("statement_timeout", millis(config.statement_timeout)),
             (
-                "idle_in_transaction_session_timeout",
-                millis(config.statement_timeout.min(IDLE)),
+                "statement_timeout",
+                config.statement_timeout.as_millis().to_string(),
             ),
             (
                 "synchronous_commit",
                 if durable { "on" } else { "off" }.to_owned(),
             ),
         ])
+        .with_index_plans()
+    }
+
+    /// For readers; the same of plans.
+    pub(crate) fn reading(config: &PostgresConfig) -> Self {
+        Self(vec![(
+            "statement_timeout",
+            config.statement_timeout.as_millis().to_string(),
+        )])
+        .with_index_plans()
     }
 
     fn with_index_plans(mut self) -> Self {
@@ -98,8 +102,6 @@ pub(crate) struct Opening {
     begin: String,
 }
 
-/// How long a transaction of ours may wait for its next statement.
-const IDLE: Duration = Duration::from_secs(5);
 /// A network that has lost the answer is noticed so much later than the server would have given up.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -158,21 +160,35 @@ impl Opening {
     }
 }
 
-/// Connections of one kind, opened when they are needed and kept for the next time.
+/// Connections of one kind, opened when they are needed and kept for the next session.
 ///
-/// Not sqlx's pool: that asks each connection something when it comes back and waits for the answer without a limit. A
-/// network that swallows the question would cost the relay one connection for good, and it has few.
-#[derive(Debug, Clone)]
+/// Not sqlx's pool: that one asks the server something whenever a connection comes back, and waits for the answer without
+/// a limit. A connection that a firewall forgets in that moment keeps its place until the system gives up, in a quarter
+/// of an hour; a few of them, and nothing goes any more.
+#[derive(Clone)]
 pub(crate) struct Sessions {
-    opening: Opening,
     options: PgConnectOptions,
-    /// Connections that nobody uses. The lock is held for a push or a pop.
-    idle: Idle,
-    /// One for each connection that may be open.
-    permits: Arc<Semaphore>,
+    opening: Opening,
+    shared: Arc<Shared>,
 }
 
-type Idle = Arc<Mutex<Vec<PgConnection>>>;
+struct Shared {
+    /// One permit for each connection that may be open.
+    places: Arc<Semaphore>,
+    /// The one that was used last comes last, and is used next. Held for a push or a pop, never while waiting.
+    idle: Mutex<Vec<Idle>>,
+}
+
+struct Idle {
+    connection: PgConnection,
+    opened: Instant,
+    since: Instant,
+}
+
+/// What is idle for so long may have been forgotten on the way.
+const MAX_IDLE: Duration = Duration::from_secs(5 * 60);
+/// A session of the server's that lives for ever only grows.
+const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 
 impl Sessions {
     /// Opens none yet.
@@ -181,35 +197,46 @@ impl Sessions {
         Ok(Self {
             options: opening.options(config)?,
             opening,
-            idle: Idle::default(),
-            permits: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX))),
+            shared: Arc::new(Shared {
+                places: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX))),
+                idle: Mutex::new(Vec::new()),
+            }),
         })
     }
 
     /// A session for single statements, each its own transaction.
     pub(crate) async fn open(&self, operation: &'static str) -> Result<Session> {
-        let connect = async {
-            let permit = Arc::clone(&self.permits)
-                .acquire_owned()
-                .await
-                .map_err(|_| Error::new(ErrorKind::Unavailable, operation, "the store is being dropped"))?;
-            let kept = lock(&self.idle).pop();
-            let connection = match kept {
-                Some(connection) => connection,
-                None => PgConnection::connect_with(&self.options)
-                    .await
-                    .during(operation)?,
-            };
-            Ok((permit, connection))
+        let patience = self.opening.connect_timeout;
+        let place = timeout(patience, Arc::clone(&self.shared.places).acquire_owned())
+            .await
+            .ok()
+            .and_then(std::result::Result::ok)
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Unavailable,
+                    operation,
+                    "no connection became free in time: the server is slow or max_connections too low",
+                )
+            })?;
+        // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask each
+        // time.
+        let (connection, opened) = match self.shared.take() {
+            Some(idle) => (idle.connection, idle.opened),
+            None => {
+                let connection = within(patience, operation, async {
+                    PgConnection::connect_with(&self.options).await.during(operation)
+                });
+                (connection.await?, Instant::now())
+            }
         };
-        let (permit, connection) = within(self.opening.connect_timeout, operation, connect).await?;
         let mut session = Session {
             connection: Some(connection),
-            idle: Arc::clone(&self.idle),
-            _permit: permit,
+            opened,
+            shared: Arc::clone(&self.shared),
             operation,
             limit: self.opening.limit,
             open: false,
+            _place: place,
         };
         // Behind a pooler only a transaction stays on one connection of the server's.
         if self.opening.pooler {
@@ -228,21 +255,30 @@ impl Sessions {
     }
 }
 
-fn lock(idle: &Idle) -> MutexGuard<'_, Vec<PgConnection>> {
-    idle.lock().unwrap_or_else(PoisonError::into_inner)
+impl Shared {
+    fn take(&self) -> Option<Idle> {
+        let mut idle = self.idle();
+        idle.retain(|idle| idle.since.elapsed() < MAX_IDLE && idle.opened.elapsed() < MAX_AGE);
+        idle.pop()
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// A connection that is lent for one operation.
-#[derive(Debug)]
+/// A connection that is lent for one operation. One that was not finished is closed with its socket when it is dropped.
 pub(crate) struct Session {
     /// None once it is given back.
     connection: Option<PgConnection>,
-    idle: Idle,
-    _permit: OwnedSemaphorePermit,
+    opened: Instant,
+    shared: Arc<Shared>,
     operation: &'static str,
     limit: Duration,
     /// Whether a transaction is open.
     open: bool,
+    /// Comes after the connection: it is free when that is given back, or closed.
+    _place: OwnedSemaphorePermit,
 }
 
 impl Session {
@@ -297,8 +333,14 @@ impl Session {
         if self.open {
             self.run("COMMIT".to_owned()).await?;
         }
-        // Back to the others, in a state that is known.
-        lock(&self.idle).extend(self.connection.take());
+        // In a state that is known.
+        if let Some(connection) = self.connection.take() {
+            self.shared.idle().push(Idle {
+                connection,
+                opened: self.opened,
+                since: Instant::now(),
+            });
+        }
         Ok(())
     }
 
@@ -317,9 +359,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if self.connection.take().is_some() {
-            // Closed with its socket, and the idle ones as well: what broke it, a restart or a network, has most likely
-            // broken them, and each would cost somebody a failure to find that out.
-            lock(&self.idle).clear();
+            // What broke it, a restart or a network, has most likely broken the idle ones as well, and each would cost
+            // somebody a failure to find that out.
+            self.shared.idle().clear();
         }
     }
 }

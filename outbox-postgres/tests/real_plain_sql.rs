@@ -34,7 +34,7 @@ fn run(place: &Place, sql: &str) -> String {
 
 /// What the server said when it refused; nothing may have been written.
 fn refusal(place: &Place, sql: &str) -> String {
-    let output = psql(&url(), &place.named(sql));
+    let output = psql(&url(), place.named(sql));
     assert!(!output.status.success(), "{sql}");
     String::from_utf8(output.stderr).unwrap()
 }

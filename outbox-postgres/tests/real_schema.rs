@@ -39,7 +39,7 @@ impl Drop for Empty {
     fn drop(&mut self) {
         psql(
             &url(),
-            &format!("DROP SCHEMA IF EXISTS \"{}\" CASCADE", self.0.schema),
+            format!("DROP SCHEMA IF EXISTS \"{}\" CASCADE", self.0.schema),
         );
     }
 }
@@ -167,7 +167,7 @@ async fn migrating_beside_a_running_relay_and_producers_disturbs_nobody() {
     let delivered = tokio::time::timeout(Duration::from_secs(30), sink.wait_for(200))
         .await
         .unwrap();
-    let payloads: Vec<_> = delivered.iter().map(|record| text(record)).collect();
+    let payloads: Vec<_> = delivered.iter().map(text).collect();
     assert_eq!(
         payloads,
         (0..200).map(|number| number.to_string()).collect::<Vec<_>>()
@@ -784,7 +784,7 @@ impl Roles {
 
     /// That the role may not do it; not that it fails for another reason.
     fn denied(&self, role: &Identifier, sql: &str) {
-        let output = psql(&self.config_url(role), &self.place.named(sql));
+        let output = psql(&self.config_url(role), self.place.named(sql));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
             !output.status.success()
@@ -799,7 +799,7 @@ impl Drop for Roles {
         let schema = &self.place.config.schema;
         psql(
             &url(),
-            &format!(
+            format!(
                 "DROP SCHEMA IF EXISTS \"{schema}\" CASCADE; DROP ROLE {}; DROP ROLE {}; DROP ROLE {}",
                 self.owner, self.producer, self.relay
             ),

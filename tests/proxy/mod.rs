@@ -8,6 +8,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -90,7 +91,8 @@ impl Proxy {
 
     /// Closes what is open.
     pub(crate) fn cut(&self) {
-        self.weather.send_modify(|weather| weather.cut_below = weather.next);
+        self.weather
+            .send_modify(|weather| weather.cut_below = weather.next);
     }
 
     /// Lets nothing pass, while connections stay open; what is sent meanwhile arrives afterwards.
@@ -101,7 +103,8 @@ impl Proxy {
     /// Forgets the connections that are open, as a firewall does: nothing passes, ever, and nobody is told. New ones
     /// are not concerned.
     pub(crate) fn lose(&self) {
-        self.weather.send_modify(|weather| weather.lost_below = weather.next);
+        self.weather
+            .send_modify(|weather| weather.lost_below = weather.next);
     }
 
     /// Cuts, once, the connection whose client sends these bytes in one piece, after the server has got them.
@@ -140,8 +143,16 @@ async fn connection(client: TcpStream, weather: watch::Sender<Weather>) {
     let (client_reads, client_writes) = client.into_split();
     let (strike, mut struck) = watch::channel(false);
     let mut changes = weather.subscribe();
-    let there = pump(number, client_reads, server_writes, weather.clone(), Some(strike));
-    let back = pump(number, server_reads, client_writes, weather, None);
+    let hushed = AtomicBool::new(false);
+    let there = pump(
+        number,
+        client_reads,
+        server_writes,
+        weather.clone(),
+        &hushed,
+        Some(strike),
+    );
+    let back = pump(number, server_reads, client_writes, weather, &hushed, None);
     tokio::select! {
         () = async { tokio::join!(there, back); } => return,
         _ = changes.wait_for(|weather| weather.cut_below > number) => return,
@@ -159,6 +170,8 @@ async fn pump(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     weather: watch::Sender<Weather>,
+    // Set before the server gets what it will answer to: the client does not hear of it.
+    hushed: &AtomicBool,
     strike: Option<watch::Sender<bool>>,
 ) {
     let (chunks, mut due) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
@@ -175,13 +188,20 @@ async fn pump(
         while let Some((at, chunk)) = due.recv().await {
             sleep_until(at).await;
             let passes = |weather: &Weather| !weather.blackhole && weather.lost_below <= number;
-            if changes.wait_for(passes).await.is_err() || to.write_all(&chunk).await.is_err() {
+            if changes.wait_for(passes).await.is_err() {
                 return;
             }
-            if let Some(strike) = &strike
-                && strikes(&weather, &chunk)
-            {
-                let _ = strike.send(true);
+            match &strike {
+                Some(strike) if strikes(&weather, &chunk) => {
+                    hushed.store(true, Ordering::SeqCst);
+                    let _ = to.write_all(&chunk).await;
+                    let _ = strike.send(true);
+                    return;
+                }
+                None if hushed.load(Ordering::SeqCst) => return,
+                _ => {}
+            }
+            if to.write_all(&chunk).await.is_err() {
                 return;
             }
         }

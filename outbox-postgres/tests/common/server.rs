@@ -1,4 +1,5 @@
 //! A server of a test's own, to be stopped, restarted and misused.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,7 +8,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::variable;
+use crate::common::variable;
 
 /// The user that servers run as when the tests run as root, with whom no PostgreSQL starts; scripts/services makes it.
 const USER: &str = "outboxtest";
@@ -30,7 +31,19 @@ impl Server {
         let server = Self { dir, port };
         fs::create_dir(server.data()).unwrap();
         server.own(&server.data());
-        server.run("initdb", &["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
+        server.run(
+            "initdb",
+            &[
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C",
+                "--no-sync",
+            ],
+        );
         let settings = format!(
             "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nfsync = off\n{settings}\n"
         );
@@ -43,18 +56,23 @@ impl Server {
         self.dir.path().join("data")
     }
 
+    /// A folder beside the data, which the server may enter.
+    pub(crate) fn certificates(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
     /// Gives a file to the server, which nobody else may read.
     pub(crate) fn own(&self, path: &Path) {
         let mode = if path.is_dir() { 0o700 } else { 0o600 };
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         if is_root() {
-            let owned = Command::new("chown").arg(format!("{USER}:")).arg(path).status().unwrap();
+            let owned = Command::new("chown")
+                .arg(format!("{USER}:"))
+                .arg(path)
+                .status()
+                .unwrap();
             assert!(owned.success(), "scripts/services start makes the user {USER}");
         }
-    }
-
-    pub(crate) fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
     }
 
     pub(crate) fn url(&self) -> String {
