@@ -786,3 +786,6 @@ impl Intake {
         true
     }
 }
+
+#[cfg(test)]
+mod model;
