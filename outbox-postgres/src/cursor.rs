@@ -102,6 +102,8 @@ pub(crate) struct Cursor {
     fetches: u64,
     /// The shard with which the next fetch begins, so that none is always cut off by the limits.
     turn: Option<Shard>,
+    /// Whether the last batch was filled by singles and lanes alone: then the next one is the shards'.
+    crowded_out: bool,
     /// How many rows the last batches had room for, when their bytes were the limit.
     rows: usize,
     sweep: Sweep,
@@ -112,6 +114,8 @@ struct Progress {
     epoch: Epoch,
     /// Up to here everything was read, but for what is held, in a lane or a single.
     position: i64,
+    /// Below the lowest single that did not come while a topic was held: it is gone, or of that topic.
+    missed: i64,
 }
 
 /// A key that is read apart, or that is held.
@@ -263,6 +267,7 @@ impl Cursor {
             newest_hold: None,
             fetches: 0,
             turn: None,
+            crowded_out: false,
             rows: usize::MAX,
             sweep: Sweep {
                 interval: sweep_interval,
@@ -305,7 +310,7 @@ impl Cursor {
             .singles
             .iter()
             .filter(|(shard, single)| !self.held.messages.contains(&(*shard, Position(*single))))
-            .take((rows / 2).max(1))
+            .take(if self.crowded_out { 0 } else { (rows / 2).max(1) })
             .copied()
             .collect();
         let lowest = running.iter().map(|(_, low)| *low).fold(below, i64::min);
@@ -344,6 +349,7 @@ impl Cursor {
             self.shards.entry(shard).or_insert(Progress {
                 epoch,
                 position: START,
+                missed: END,
             });
         }
         self.shards.len() > known
@@ -384,7 +390,8 @@ impl Cursor {
                 // Which of the rows passed over is the lowest, and of which shard, nobody knows.
                 let lowest = self.scans.lowest_since(since);
                 for progress in self.shards.values_mut() {
-                    progress.position = progress.position.min(lowest);
+                    progress.position = progress.position.min(lowest).min(progress.missed);
+                    progress.missed = END;
                 }
             }
         }
@@ -409,6 +416,12 @@ impl Cursor {
 
     /// Notes what is wanted again. What lies ahead of the shard's position comes by itself.
     fn go_back(&mut self, request: &FetchRequest) {
+        // What is in flight was returned since, whatever else became of it.
+        if !self.singles.is_empty() {
+            for flight in &request.in_flight {
+                self.singles.remove(&(flight.shard, flight.position.0));
+            }
+        }
         for reread in &request.reread {
             let Some(progress) = self.shards.get_mut(&reread.shard) else {
                 continue;
@@ -496,7 +509,11 @@ impl Cursor {
     }
 
     fn plan_lanes(&self, active: Vec<OrderKey>, rows: usize) -> Vec<LanePlan> {
-        let most = (rows / 2 / active.len().max(1)).max(1);
+        let most = if self.crowded_out {
+            0
+        } else {
+            (rows / 2 / active.len().max(1)).max(1)
+        };
         active
             .into_iter()
             .filter_map(|key| {
@@ -570,14 +587,8 @@ impl Cursor {
         }
 
         self.move_shards(plan, intake, low);
-        self.move_lanes(plan, intake);
-        // What was asked for and is not there is gone, unless its topic is held: that is not known here.
-        let missing_is_gone = self.held.topics.is_empty() && !matches!(intake.cut_apart, Some(Place::Single));
-        for single in &plan.singles {
-            if missing_is_gone || intake.singles.contains(&single.1) {
-                self.singles.remove(single);
-            }
-        }
+        self.move_lanes(plan, intake, low);
+        self.move_singles(plan, intake);
         if intake.disordered {
             // The plan was carried out in another order than was asked for: what was cut off cannot be told.
             for progress in self.shards.values_mut() {
@@ -591,6 +602,7 @@ impl Cursor {
             .cut
             .and_then(|index| plan.shards.get(index))
             .map(|shard| shard.shard);
+        self.crowded_out = intake.cut.is_some() && intake.shards.iter().all(|taken| taken.rows == 0);
         self.rows = if intake.heavy {
             intake.rows.max(1)
         } else {
@@ -608,7 +620,7 @@ impl Cursor {
             more: intake.cut.is_some()
                 || self.shards.values().any(|progress| progress.position < END)
                 || self.lanes.iter().any(waiting_lane)
-                || (missing_is_gone && self.singles.iter().any(waiting_single)),
+                || self.singles.iter().any(waiting_single),
             surplus: intake
                 .swept
                 .iter()
@@ -638,7 +650,25 @@ impl Cursor {
         }
     }
 
-    fn move_lanes(&mut self, plan: &Plan, intake: &Intake) {
+    fn move_singles(&mut self, plan: &Plan, intake: &Intake) {
+        let cut = matches!(intake.cut_apart, Some(Place::Single));
+        for single in &plan.singles {
+            let came = intake.singles.contains(&single.1);
+            if !came && cut {
+                continue;
+            }
+            self.singles.remove(single);
+            // The main scan comes across it when the topic is let go. Were it kept here, others would wait behind it.
+            if !came
+                && !self.held.topics.is_empty()
+                && let Some(progress) = self.shards.get_mut(&single.0)
+            {
+                progress.missed = progress.missed.min(single.1.saturating_sub(1));
+            }
+        }
+    }
+
+    fn move_lanes(&mut self, plan: &Plan, intake: &Intake, low: i64) {
         for (index, asked) in plan.lanes.iter().enumerate() {
             let (Some(lane), Some(taken)) = (self.lanes.get_mut(&asked.key), intake.lanes.get(index)) else {
                 continue;
@@ -653,6 +683,9 @@ impl Cursor {
             } else if taken.rows > 0 {
                 lane.position = taken.last;
                 lane.step = lane.step.saturating_mul(2);
+            } else {
+                // What appeared below was not taken, and will not be looked for again.
+                lane.position = lane.position.min(low);
             }
         }
     }
@@ -759,3 +792,6 @@ impl Intake {
         true
     }
 }
+
+#[cfg(test)]
+mod model;

@@ -1,0 +1,234 @@
+//! How a real server carries out the two statements that run all the time: by the primary key, and at a cost of what
+//! is returned, not of what waits. Here and not among the tests outside, because only here the texts are known.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic in a test is a failure with a place"
+)]
+
+use outbox_core::Identifier;
+use sqlx::postgres::PgConnection;
+use sqlx::{Connection, Executor};
+
+use crate::config::PostgresConfig;
+use crate::schema::migrate;
+use crate::session::{Opening, Settings};
+use crate::sql::{Sql, Statement, safe};
+
+const SMALL: i64 = 2_000;
+const LARGE: i64 = 200_000;
+
+/// An outbox of its own.
+struct Place {
+    config: PostgresConfig,
+    sql: Sql,
+    control: PgConnection,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let url = std::env::var("OUTBOX_TEST_POSTGRES").unwrap_or_else(|_| {
+            panic!("OUTBOX_TEST_POSTGRES is not set: run scripts/services start, then eval \"$(scripts/services env)\"")
+        });
+        let schema = format!("t_{}_{:08x}", std::process::id(), fastrand::u32(..));
+        let config = PostgresConfig {
+            schema: Identifier::new(&schema).unwrap(),
+            ..PostgresConfig::new(url.clone())
+        };
+        migrate(&config).await.unwrap();
+        Self {
+            sql: Sql::new(&config),
+            config,
+            control: PgConnection::connect(&url).await.unwrap(),
+        }
+    }
+
+    /// Rows of many keys, in all shards, so many in all.
+    async fn fill(&mut self, upto: i64) {
+        let outbox = crate::sql::table(&self.config);
+        let text = format!(
+            "INSERT INTO {outbox} (topic, key, payload) SELECT 't', (n % 5000)::text::bytea, 'payload' \
+             FROM generate_series((SELECT count(*) FROM {outbox}) + 1, {upto}) n"
+        );
+        self.control.execute(safe(text)).await.unwrap();
+    }
+
+    async fn analyze(&mut self) {
+        let text = format!("ANALYZE {}", crate::sql::table(&self.config));
+        self.control.execute(safe(text)).await.unwrap();
+    }
+
+    async fn gone(mut self) {
+        let text = format!("DROP SCHEMA \"{}\" CASCADE", self.config.schema);
+        self.control.execute(safe(text)).await.unwrap();
+    }
+
+    /// A connection on which a statement is prepared.
+    async fn prepared(&self, settings: Settings, statement: &Statement) -> PgConnection {
+        let opening = Opening::new(&self.config, settings);
+        let mut connection = opening.connect(&self.config, "plans").await.unwrap();
+        connection
+            .execute(safe(format!("PREPARE asked AS {statement:?}")))
+            .await
+            .unwrap();
+        connection
+    }
+}
+
+/// What the server did.
+struct Carried {
+    text: String,
+    buffers: i64,
+    rows: i64,
+}
+
+async fn explain(connection: &mut PgConnection, arguments: &str) -> Carried {
+    connection.execute("BEGIN").await.unwrap();
+    let text = format!("EXPLAIN (ANALYZE, BUFFERS, TIMING off, SUMMARY off) EXECUTE asked({arguments})");
+    let lines: Vec<String> = sqlx::query_scalar(safe(text))
+        .fetch_all(&mut *connection)
+        .await
+        .unwrap();
+    connection.execute("ROLLBACK").await.unwrap();
+    let number = |text: &str, before: &str| -> i64 {
+        let rest = text.split_once(before).map_or("0", |(_, rest)| rest);
+        rest.split(|c: char| !c.is_ascii_digit())
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    let buffers = lines
+        .iter()
+        .find(|line| line.contains("Buffers: shared"))
+        .unwrap();
+    Carried {
+        buffers: number(buffers, "hit=") + number(buffers, "read="),
+        rows: number(&lines[0], "actual rows="),
+        text: lines.join("\n"),
+    }
+}
+
+impl Carried {
+    /// The outbox is read by its primary key alone.
+    fn is_by_key(&self) {
+        let Self { text, .. } = self;
+        assert!(text.contains("Index Scan using outbox_pkey"), "{text}");
+        assert!(!text.contains("Bitmap"), "{text}");
+        assert!(!text.contains("Seq Scan on outbox o"), "{text}");
+        assert!(
+            !text.contains("Hash Join") && !text.contains("Merge Join"),
+            "{text}"
+        );
+    }
+}
+
+/// The arguments of a fetch that asks these shards, from a position, for so many rows each.
+fn asking(below: i64, shards: i64, after: i64, quota: i64) -> String {
+    let list = |value: &dyn Fn(i64) -> i64| {
+        let values: Vec<String> = (0..shards).map(|shard| value(shard).to_string()).collect();
+        format!("'{{{}}}'", values.join(","))
+    };
+    let nothing = ["'{}'"; 14].join(", ");
+    format!(
+        "{below}, {nothing}, {}, {}, {}",
+        list(&|shard| shard),
+        list(&|_| after),
+        list(&|_| quota)
+    )
+}
+
+#[tokio::test]
+async fn fetch_costs_what_it_returns() {
+    let mut place = Place::new().await;
+    // Prepared, planned and run while the table is empty: that plan must serve for ever.
+    let mut early = place
+        .prepared(Settings::reading(&place.config), &place.sql.fetch)
+        .await;
+    for _ in 0..7 {
+        explain(&mut early, &asking(i64::MIN, 64, i64::MIN, 16))
+            .await
+            .is_by_key();
+    }
+    let cases = [(64, 16), (8, 100), (1, 500)];
+    place.fill(SMALL).await;
+    let mut small = Vec::new();
+    for (shards, quota) in cases {
+        small.push(explain(&mut early, &asking(i64::MIN, shards, i64::MIN, quota)).await);
+    }
+    place.fill(LARGE).await;
+    for analyzed in [false, true] {
+        if analyzed {
+            place.analyze().await;
+        }
+        let mut late = place
+            .prepared(Settings::reading(&place.config), &place.sql.fetch)
+            .await;
+        for connection in [&mut early, &mut late] {
+            for ((shards, quota), small) in cases.into_iter().zip(&small) {
+                let large = explain(connection, &asking(i64::MIN, shards, i64::MIN, quota)).await;
+                large.is_by_key();
+                assert!(!large.text.contains("Sort"), "{}", large.text);
+                assert_eq!(large.rows, shards * quota + 1);
+                // One page for each row, where before there were many on each, and a level more of the index.
+                let bound = 3 * small.buffers + 2 * large.rows + 4 * shards;
+                assert!(
+                    large.buffers <= bound,
+                    "{} pages, and {} when the table was small:\n{}",
+                    large.buffers,
+                    small.buffers,
+                    large.text
+                );
+            }
+            // Nothing new: a look at the end of each shard.
+            let idle = explain(connection, &asking(LARGE, 64, i64::MAX, 16)).await;
+            idle.is_by_key();
+            assert_eq!(idle.rows, 1);
+            assert!(idle.buffers <= 64 * 6, "{}", idle.text);
+        }
+    }
+    place.gone().await;
+}
+
+#[tokio::test]
+async fn settling_costs_what_it_settles() {
+    let mut place = Place::new().await;
+    let mut early = place
+        .prepared(Settings::settling(&place.config), &place.sql.deliver)
+        .await;
+    let leases = format!("\"{}\".\"{}_lease\"", place.config.schema, place.config.prefix);
+    let text = format!("UPDATE {leases} SET owner = 'relay', epoch = 1, until = 'infinity'");
+    place.control.execute(safe(text)).await.unwrap();
+    let list = |value: &str| format!("'{{{}}}'", vec![value; 64].join(","));
+    let shards: Vec<String> = (0..64).map(|shard| shard.to_string()).collect();
+    let fence = format!("'{{{}}}', {}, 'relay'", shards.join(","), list("1"));
+    for _ in 0..7 {
+        explain(&mut early, &format!("{fence}, '{{}}', '{{}}', '{{}}'"))
+            .await
+            .is_by_key();
+    }
+    let mut buffers = Vec::new();
+    for rows in [SMALL, LARGE] {
+        place.fill(rows).await;
+        let mut late = place
+            .prepared(Settings::settling(&place.config), &place.sql.deliver)
+            .await;
+        let text = format!(
+            "SELECT format('%L, %L, %L', array_agg(shard), array_agg(id), array_agg(message_id)) FROM \
+             (SELECT * FROM {} ORDER BY shard, id LIMIT 500) o",
+            crate::sql::table(&place.config)
+        );
+        let named: String = sqlx::query_scalar(safe(text))
+            .fetch_one(&mut place.control)
+            .await
+            .unwrap();
+        for connection in [&mut early, &mut late] {
+            let carried = explain(connection, &format!("{fence}, {named}")).await;
+            carried.is_by_key();
+            buffers.push(carried.buffers);
+        }
+    }
+    // A level more of the index for each row, and its page written.
+    assert!(buffers[2].max(buffers[3]) <= 3 * buffers[0], "{buffers:?}");
+    place.gone().await;
+}
