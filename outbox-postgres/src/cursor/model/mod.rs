@@ -105,7 +105,7 @@ impl World {
             variant,
             database: Database::new(variant, serial, sessions),
             // Sweeps are ordered by hand.
-            cursor: Cursor::new(Duration::MAX),
+            cursor: Cursor::new(Duration::MAX, false),
             relay,
             epochs: (0..shards).map(|shard| (Shard(shard), 1)).collect(),
             keys,
@@ -783,7 +783,7 @@ fn a_transaction_that_stays_open_loses_nothing() {
 /// A lane that never ends has its share and no more, even where a batch has room for one row only.
 #[test]
 fn an_endless_lane_starves_nobody() {
-    let mut cursor = Cursor::new(Duration::MAX);
+    let mut cursor = Cursor::new(Duration::MAX, false);
     let key = OrderKey {
         topic: "t".into(),
         key: "k".into(),
@@ -832,7 +832,7 @@ fn an_endless_lane_starves_nobody() {
 /// What the relay has in flight is not returned, whether it was held before or not.
 #[test]
 fn a_message_in_flight_is_not_asked_for() {
-    let mut cursor = Cursor::new(Duration::MAX);
+    let mut cursor = Cursor::new(Duration::MAX, false);
     let place = (Shard(0), Position(7));
     let mut request = FetchRequest {
         shards: vec![OwnedShard {
