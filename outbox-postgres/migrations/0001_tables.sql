@@ -12,7 +12,7 @@ CREATE TABLE {schema}."{prefix}" (
     id           bigint NOT NULL DEFAULT nextval(CASE WHEN pg_current_xact_id() IS NOT NULL
                                                       THEN '{schema}."{prefix}_id_seq"'::regclass END),
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
-    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')),
+    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]+$' AND octet_length(topic) <= 249 AND topic NOT IN ('.', '..')),
     key          bytea CHECK (octet_length(key) <= 1024),
     payload      bytea,
     headers      json,
@@ -73,7 +73,7 @@ CREATE TABLE {schema}."{prefix}_scheduled" (
     id           bigint GENERATED ALWAYS AS IDENTITY,
     deliver_at   timestamptz NOT NULL,
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
-    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')),
+    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]+$' AND octet_length(topic) <= 249 AND topic NOT IN ('.', '..')),
     key          bytea CHECK (octet_length(key) <= 1024),
     payload      bytea,
     headers      json,
