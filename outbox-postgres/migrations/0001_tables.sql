@@ -12,7 +12,7 @@ CREATE TABLE {schema}."{prefix}" (
     id           bigint NOT NULL DEFAULT nextval(CASE WHEN pg_current_xact_id() IS NOT NULL
                                                       THEN '{schema}."{prefix}_id_seq"'::regclass END),
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
-    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')),
+    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]+$' AND octet_length(topic) <= 249 AND topic NOT IN ('.', '..')),
     key          bytea CHECK (octet_length(key) <= 1024),
     payload      bytea,
     headers      json,
@@ -74,7 +74,7 @@ CREATE TABLE {schema}."{prefix}_scheduled" (
     -- From a time that never comes no span can be counted, and the relay would fail at it for ever.
     deliver_at   timestamptz NOT NULL CHECK (isfinite(deliver_at)),
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
-    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')),
+    topic        text COLLATE "C" NOT NULL CHECK (topic ~ '^[A-Za-z0-9._-]+$' AND octet_length(topic) <= 249 AND topic NOT IN ('.', '..')),
     key          bytea CHECK (octet_length(key) <= 1024),
     payload      bytea,
     headers      json,
