@@ -49,8 +49,11 @@ pub async fn migrate(config: &PostgresConfig) -> Result<Migrated> {
     let sessions = Sessions::new(config, Settings::durable(config), 2)?;
     let mut session = sessions.begin(DURING).await?;
     server(&mut session).await?;
-    // Of two that migrate at the same time the second waits, and then finds nothing to do.
-    session.rows(sql::LOCK.query().bind(config.place())).await?;
+    // Of two that migrate at the same time the second waits, and then finds nothing to do. Other outboxes of the same
+    // schema wait as well: it may have to be made first.
+    session
+        .rows(sql::LOCK.query().bind(config.schema.as_str()))
+        .await?;
     let from = version(&mut session, config).await?;
     if from.is_none() {
         let exists = session

@@ -122,7 +122,7 @@ impl Once {
     }
 }
 
-/// Keeps others out that migrate the outbox `$1`, until the transaction ends.
+/// Keeps others out that migrate an outbox of the schema `$1`, until the transaction ends.
 pub(crate) const LOCK: Once =
     once("SELECT pg_advisory_xact_lock(hashtextextended('outbox migrate ' || $1, 0))");
 pub(crate) const SCHEMA_EXISTS: Once =
