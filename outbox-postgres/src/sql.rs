@@ -222,7 +222,6 @@ pub(crate) struct Sql {
     pub(crate) lease: Statement,
     pub(crate) take: Statement,
     pub(crate) release: Statement,
-    pub(crate) leave: Statement,
     pub(crate) leases: Statement,
     pub(crate) relays: Statement,
 
@@ -395,13 +394,13 @@ impl Sql {
                         until = clock_timestamp() + $2 * interval '1 millisecond' \
                    FROM free WHERE l.shard = free.shard RETURNING l.shard, l.epoch"
             )),
+            // One statement, so that a relay that is slow to go on keeps no locks on leases.
             release: statement(format!(
-                "WITH own AS MATERIALIZED (SELECT l.shard FROM {lease} l \
+                "WITH gone AS (DELETE FROM {relay} WHERE relay = $3 AND $4), own AS MATERIALIZED (SELECT l.shard FROM {lease} l \
                      JOIN unnest($1::smallint[], $2::bigint[]) u(shard, epoch) ON l.shard = u.shard AND l.epoch = u.epoch \
                      WHERE l.owner = $3 ORDER BY l.shard FOR NO KEY UPDATE OF l) \
                  UPDATE {lease} l SET owner = NULL, until = '-infinity' FROM own WHERE l.shard = own.shard"
             )),
-            leave: statement(format!("DELETE FROM {relay} WHERE relay = $1")),
             leases: statement(format!(
                 "SELECT shard, epoch, owner, CASE WHEN isfinite(until) THEN greatest({}, 0) ELSE 0 END \
                  FROM {lease} ORDER BY shard",

@@ -172,7 +172,7 @@ impl OutboxStore for PostgresStore {
 
     async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()> {
         let (numbers, epochs) = epochs(shards);
-        let mut session = self.control.begin("release").await?;
+        let mut session = self.control.open("release").await?;
         session
             .changed(
                 self.sql
@@ -180,14 +180,10 @@ impl OutboxStore for PostgresStore {
                     .query()
                     .bind(numbers)
                     .bind(epochs)
-                    .bind(relay.as_str()),
+                    .bind(relay.as_str())
+                    .bind(membership == Membership::Leaves),
             )
             .await?;
-        if membership == Membership::Leaves {
-            session
-                .changed(self.sql.leave.query().bind(relay.as_str()))
-                .await?;
-        }
         session.finish().await
     }
 
