@@ -579,11 +579,12 @@ fn fetch(outbox: &str, sequence: &str) -> String {
     let none = "NULL::uuid, NULL::text, NULL::bytea, NULL::bytea";
     format!(
         // The sequence is read before the next transaction number is: who gets a later number draws later positions.
+        // And it is asked under its lock. What `SELECT last_value` reads without one can be up to 32 too high: nextval()
+        // writes down the value that it logs ahead, and then the true one.
         "WITH seen AS MATERIALIZED (SELECT pg_current_snapshot() AS snapshot, \
-             CASE WHEN q.is_called THEN q.last_value ELSE q.last_value - 1 END AS last, \
+             coalesce(pg_sequence_last_value('{sequence}'::regclass), 0) AS last, \
              least($1::bigint, (SELECT min(u.below) FROM unnest($2::text[], $3::bigint[]) u(xid, below) \
-                                WHERE pg_visible_in_snapshot(u.xid::xid8, pg_current_snapshot()))) AS low \
-             FROM {sequence} q), \
+                                WHERE pg_visible_in_snapshot(u.xid::xid8, pg_current_snapshot()))) AS low), \
          server AS MATERIALIZED (SELECT snapshot, last, low, age(pg_snapshot_xmax(snapshot)::xid) AS ahead, \
              pg_current_xact_id_if_assigned() IS NULL AS reads_only, pg_is_in_recovery() AS standby, \
              pg_postmaster_start_time()::text AS started FROM seen WHERE last IS NOT NULL), \
