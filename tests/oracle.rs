@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use proof::oracle::{Arrived, Ending, Limits, Run};
 use proof::stamp::{Stamp, crc32};
-use proof::writer::{End, Written};
+use proof::writer::{End, Written, resolve, unknown};
 
 const TOPIC: &str = "proof";
 const WINDOW: usize = 6;
@@ -248,8 +248,12 @@ fn every_change_of_a_byte_is_found() {
 }
 
 #[test]
-fn the_number_of_a_sequenced_outbox_may_come_along() {
-    let mut run = healthy(2, 10);
+fn a_sequenced_outbox_sends_the_number_along() {
+    let mut run = Run {
+        sequenced: true,
+        ..healthy(2, 10)
+    };
+    assert_eq!(broken(&run), ["I2"], "the numbers are missing");
     for record in &mut run.arrived {
         let n = Stamp::read(record.payload.as_deref().unwrap()).unwrap().n;
         record
@@ -257,6 +261,41 @@ fn the_number_of_a_sequenced_outbox_may_come_along() {
             .insert(1, ("outbox-key-seq".into(), n.to_string().into_bytes()));
     }
     run.judge().assert_kept();
+    run.arrived[13].headers[1].1 = b"99".to_vec();
+    assert_eq!(broken(&run), ["I2"], "a number is wrong");
+}
+
+#[test]
+fn what_the_database_knows_is_unknown_no_longer() {
+    let mut run = healthy(2, 10);
+    let id = run.arrived[13].stamp().unwrap().id;
+    let mut written = run.written.clone();
+    written
+        .iter_mut()
+        .find(|written| written.stamp.id == id)
+        .unwrap()
+        .end = End::Unknown;
+    assert_eq!(unknown(&written), [id]);
+    for (committed, law) in [(true, "I1"), (false, "I2")] {
+        run.written.clone_from(&written);
+        resolve(&mut run.written, &committed.then_some(id).into_iter().collect());
+        let arrived = run.arrived.clone();
+        if committed {
+            run.judge().assert_kept();
+            run.arrived.remove(13);
+        }
+        assert!(broken(&run).contains(&law), "committed {committed}");
+        run.arrived = arrived;
+    }
+}
+
+#[test]
+fn a_relay_that_keeps_resources_breaks_a_law() {
+    let run = Run {
+        resources: vec!["3 connections are left".to_owned()],
+        ..healthy(2, 10)
+    };
+    assert_eq!(broken(&run), ["I7"]);
 }
 
 #[test]

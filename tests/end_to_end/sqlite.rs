@@ -1,13 +1,13 @@
 //! The application's side in SQLite: a producer that counts, and a consumer that sums.
 #![allow(clippy::unwrap_used, reason = "clippy takes only #[test] functions for tests")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
 use outbox::sqlite::rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use outbox::sqlite::{SqliteConfig, SqliteInbox, SqliteOutbox, SqliteStore};
-use outbox::{Message, OutboxStore, Receive};
+use outbox::{Message, MessageId, OutboxStore, Receive};
 use tokio::runtime::Runtime;
 
 use crate::proof::oracle::Arrived;
@@ -20,6 +20,12 @@ pub(crate) struct Sqlite(SqliteConfig);
 
 impl Database for Sqlite {
     type Producer = SqliteProducer;
+
+    /// There is one writer at a time.
+    const HOLD_EACH: usize = 500;
+
+    /// It is a file.
+    const CONNECTIONS: usize = 0;
 
     fn make(folder: &Path, _: &Runtime) -> Self {
         let config = SqliteConfig::new(folder.join("app.db"));
@@ -50,6 +56,19 @@ impl Database for Sqlite {
             .query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))
             .map(i64::unsigned_abs)
             .unwrap()
+    }
+
+    fn committed(&self, unknown: &[MessageId]) -> BTreeSet<MessageId> {
+        assert!(unknown.is_empty(), "a commit to a file has an answer");
+        BTreeSet::new()
+    }
+
+    fn connections(&self) -> usize {
+        0
+    }
+
+    fn idle_in_transaction(&self) -> (Duration, String) {
+        (Duration::ZERO, String::new())
     }
 
     /// Nobody can write.

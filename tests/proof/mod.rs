@@ -14,6 +14,10 @@
 //! | I4 | repeats: none without a fault, and few after one |
 //! | I5 | effects: through the inbox each message counts once |
 //! | I6 | liveness: in the end nothing waits and nobody owns anything |
+//! | I7 | resources: connections, memory and files of the relays are as they were, and no transaction stood open idle |
+//!
+//! A commit without an answer is unknown to the writer, not to the database: whoever can ask it afterwards says so with
+//! [`writer::resolve`], and then the laws hold for those messages as for all others.
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(
     clippy::unwrap_used,

@@ -22,6 +22,10 @@ pub(crate) struct Run {
     pub(crate) effects: Option<BTreeMap<String, u64>>,
     /// How the outbox looked when all relays had stopped in order, when somebody looked.
     pub(crate) ending: Option<Ending>,
+    /// Whether the outbox numbers the messages of each key, as the writer does.
+    pub(crate) sequenced: bool,
+    /// What is wrong with the resources that the relays used, where somebody looked.
+    pub(crate) resources: Vec<String>,
     pub(crate) limits: Limits,
 }
 
@@ -73,6 +77,9 @@ impl Run {
         self.order(&sound, &mut report);
         self.effects(&delivered, &mut report);
         self.liveness(&mut report);
+        for what in &self.resources {
+            report.violation("I7", what.clone());
+        }
         report
     }
 
@@ -98,7 +105,7 @@ impl Run {
                     report.violation("I2", format!("{place}: {stamp} was rolled back and arrived"));
                 }
                 Some(written) => {
-                    if let Some(what) = at.differs(&written.stamp, &self.topic) {
+                    if let Some(what) = at.differs(&written.stamp, &self.topic, self.sequenced) {
                         report.damaged += 1;
                         report.violation("I2", format!("{place}: {stamp} arrived with {what}"));
                     }
@@ -247,17 +254,13 @@ impl Arrived {
     }
 
     /// What is not as the stamp's message would have it.
-    fn differs(&self, stamp: &Stamp, topic: &str) -> Option<&'static str> {
+    fn differs(&self, stamp: &Stamp, topic: &str, sequenced: bool) -> Option<&'static str> {
         let parts = stamp.message(topic).into_parts();
-        // With `Ordering::Sequenced` the framework counts as the writer does.
-        let number = ("outbox-key-seq".to_owned(), stamp.n.to_string().into_bytes());
         let mut headers = vec![("outbox-id".to_owned(), stamp.id.to_string().into_bytes())];
-        headers.extend(
-            self.headers
-                .iter()
-                .any(|(name, _)| *name == number.0)
-                .then_some(number),
-        );
+        if sequenced {
+            // The framework counts as the writer does.
+            headers.push(("outbox-key-seq".to_owned(), stamp.n.to_string().into_bytes()));
+        }
         headers.extend(
             parts
                 .content_type

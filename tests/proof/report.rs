@@ -96,7 +96,8 @@ impl fmt::Display for Report {
             }
             writeln!(f)?;
         }
-        writeln!(f, "  I5 {}  I6 {}", self.verdict("I5"), self.verdict("I6"))?;
+        let [effects, liveness, resources] = ["I5", "I6", "I7"].map(|law| self.verdict(law));
+        writeln!(f, "  I5 {effects}  I6 {liveness}  I7 {resources}")?;
         for (law, broken) in &self.broken {
             writeln!(f, "  {law} was broken {} times, first by", broken.times)?;
             for what in &broken.first {

@@ -1,6 +1,6 @@
 //! The writer: transactions of many producers at once, and an honest log of what became of each message.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -90,6 +90,22 @@ impl WriterLog {
             }
         }
         written
+    }
+}
+
+/// The messages of which the writer does not know what became of them.
+pub(crate) fn unknown(written: &[Written]) -> Vec<MessageId> {
+    let unknown = written.iter().filter(|written| written.end == End::Unknown);
+    unknown.map(|written| written.stamp.id).collect()
+}
+
+/// What was unknown is known: these were committed, and all others were not.
+pub(crate) fn resolve(written: &mut [Written], committed: &BTreeSet<MessageId>) {
+    for written in written.iter_mut().filter(|written| written.end == End::Unknown) {
+        written.end = match committed.contains(&written.stamp.id) {
+            true => End::Committed,
+            false => End::RolledBack,
+        };
     }
 }
 

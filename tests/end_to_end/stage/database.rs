@@ -1,9 +1,10 @@
 //! What a scenario needs of an application's database.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::Duration;
 
-use outbox::OutboxStore;
+use outbox::{MessageId, OutboxStore};
 use tokio::runtime::Runtime;
 
 use crate::proof::oracle::Arrived;
@@ -12,6 +13,12 @@ use crate::proof::writer::Producer;
 /// An application's database: its own tables, the outbox and the inbox beside them. Dropping it takes it away.
 pub(crate) trait Database: Sync {
     type Producer: Producer;
+
+    /// One transaction of so many is held open for a while: seldom where all others have to wait.
+    const HOLD_EACH: usize;
+
+    /// How many connections a relay has open at most.
+    const CONNECTIONS: usize;
 
     /// Makes an empty one, with what it needs in files in this folder.
     fn make(folder: &Path, runtime: &Runtime) -> Self;
@@ -28,6 +35,17 @@ pub(crate) trait Database: Sync {
     /// How many messages wait: counted, because a store may estimate.
     fn backlog(&self) -> u64;
 
+    /// Which of these messages, of transactions whose commit had no answer, were committed: as the application's own
+    /// tables tell it.
+    fn committed(&self, unknown: &[MessageId]) -> BTreeSet<MessageId>;
+
+    /// How many connections all relays together have open.
+    fn connections(&self) -> usize;
+
+    /// For how long at most a relay was seen to keep a transaction open and do nothing in it, and after
+    /// which statement.
+    fn idle_in_transaction(&self) -> (Duration, String);
+
     /// Does something while every settlement waits that has not yet looked at its lease. Renewals may wait as well,
     /// reading must not.
     ///
@@ -37,6 +55,16 @@ pub(crate) trait Database: Sync {
 
     /// A consumer with an inbox that handles [`interrupted`] batches and adds up the numbers of each key. Gives the sums.
     fn consume(&self, arrived: &[Arrived]) -> BTreeMap<String, u64>;
+}
+
+/// A database that is a server of the stage's own.
+#[allow(dead_code, reason = "a file is none")]
+pub(crate) trait Killable: Database {
+    /// Ends it at once, as a crash does.
+    fn kill(&self);
+
+    /// Brings it back, with what was committed.
+    fn restart(&self);
 }
 
 /// What a consumer handles in one transaction.

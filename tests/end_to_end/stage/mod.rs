@@ -8,6 +8,7 @@
 pub(crate) mod database;
 pub(crate) mod kafka;
 pub(crate) mod relay;
+pub(crate) mod services;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -15,15 +16,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outbox::{DeadLetterQuery, OutboxStore, RelayId, Stats};
+use outbox::{DeadLetterQuery, Ordering as Order, OutboxStore, RelayId, Stats};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use self::database::Database;
-use self::relay::Relay;
+use self::relay::{Relay, Usage};
 use crate::proof::oracle::{Ending, Limits, Run};
 use crate::proof::report::Report;
-use crate::proof::writer::{Load, WriterLog};
+use crate::proof::writer::{Load, WriterLog, resolve, unknown};
 use crate::reader::{counter, read_topic};
 
 /// How relays are configured.
@@ -51,12 +52,14 @@ pub(crate) const WINDOW: usize = 800;
 pub(crate) struct Stage<D: Database> {
     // In the order in which they go: connections, what they lead to, what they need.
     store: Box<dyn OutboxStore>,
-    database: D,
+    pub(crate) database: D,
     runtime: Runtime,
     folder: TempDir,
     servers: String,
     topic: String,
     started: AtomicUsize,
+    /// What the relays kept after a fault and should have given back.
+    kept: Mutex<Vec<String>>,
     /// One at a time: the figures of two that share the machine mean nothing.
     _turn: MutexGuard<'static, ()>,
 }
@@ -77,6 +80,7 @@ impl<D: Database> Stage<D> {
             servers: servers.to_owned(),
             topic,
             started: AtomicUsize::new(0),
+            kept: Mutex::default(),
             _turn: turn,
         };
         std::fs::write(stage.file("relay.toml"), stage.configuration(relays)).unwrap();
@@ -121,7 +125,7 @@ impl<D: Database> Stage<D> {
             keys: from_environment("OUTBOX_PROOF_KEYS", 500),
             producers: from_environment("OUTBOX_PROOF_PRODUCERS", 8),
             rollback_each: 20,
-            hold_each: 500,
+            hold_each: D::HOLD_EACH,
             hold: Duration::from_millis(500),
             spread,
         }
@@ -143,9 +147,14 @@ impl<D: Database> Stage<D> {
         self.file(&format!("relay-{number}.log"))
     }
 
-    /// The state of the outbox.
+    /// The state of the outbox. Connections that a fault has broken are found out by using them.
     pub(crate) fn stats(&self) -> Stats {
-        self.runtime.block_on(self.store.stats()).unwrap()
+        let mut last = None;
+        let stats = until(Duration::from_secs(10), || {
+            let stats = self.runtime.block_on(self.store.stats());
+            stats.map_err(|error| last = Some(error)).ok()
+        });
+        stats.unwrap_or_else(|| panic!("the outbox does not tell its state: {last:?}"))
     }
 
     /// How many messages wait.
@@ -226,6 +235,66 @@ impl<D: Database> Stage<D> {
         }
     }
 
+    /// What each of the relays takes of the system, when it has done something and has nothing left to do.
+    pub(crate) fn usage(&self, relays: &mut [Relay]) -> Vec<Option<Usage>> {
+        let load = self.load(Duration::ZERO);
+        self.write(&Load {
+            messages: load.messages / 10,
+            ..load
+        });
+        self.wait_until_drained(relays);
+        relays.iter().map(Relay::usage).collect()
+    }
+
+    /// I7: after the faults the relays take of the system what they took before.
+    pub(crate) fn compare_usage(&self, before: &[Option<Usage>], relays: &mut [Relay]) {
+        let mut now = Vec::new();
+        let given_back = until(Duration::from_secs(10), || {
+            now = relays.iter().map(Relay::usage).collect();
+            // A pool may have grown since.
+            let within = |(before, now): (&Option<Usage>, &Option<Usage>)| match (before, now) {
+                (Some(before), Some(now)) => {
+                    now.files <= before.files + D::CONNECTIONS
+                        && now.resident <= before.resident + before.resident / 2 + GROWTH
+                }
+                _ => true,
+            };
+            before.iter().zip(&now).all(within).then_some(())
+        });
+        say(&format!("usage before the faults {before:?}, after them {now:?}"));
+        if given_back.is_none() {
+            let mut kept = self.kept.lock().unwrap();
+            kept.push(format!("before the faults {before:?}, after them {now:?}"));
+        }
+    }
+
+    /// I7: what of the database is not as it has to be while so many relays run.
+    fn check_connections(&self, relays: usize) {
+        let allowed = relays * D::CONNECTIONS;
+        let mut open = 0;
+        let closed = until(Duration::from_secs(10), || {
+            open = self.database.connections();
+            (open <= allowed).then_some(())
+        });
+        let mut kept = self.kept.lock().unwrap();
+        if closed.is_none() {
+            kept.push(format!(
+                "{relays} relays have {open} connections, allowed {allowed}"
+            ));
+        }
+    }
+
+    /// I7: no relay kept a transaction open while it did something else.
+    fn check_transactions(&self) {
+        let (idle, after) = self.database.idle_in_transaction();
+        if idle > MOST_IDLE {
+            let mut kept = self.kept.lock().unwrap();
+            kept.push(format!(
+                "a relay kept a transaction open for {idle:?} and did nothing in it after: {after}"
+            ));
+        }
+    }
+
     /// What is left.
     pub(crate) fn ending(&self) -> Ending {
         let stats = self.stats();
@@ -240,11 +309,14 @@ impl<D: Database> Stage<D> {
 
     /// Ends the relays in order, reads everything and lets the oracle judge.
     pub(crate) fn judge(&self, title: &str, relays: Vec<Relay>, limits: Limits) -> Report {
+        self.check_connections(relays.len());
         for relay in relays {
             let log = relay.log();
             let (status, _) = relay.terminate();
             assert!(status.success(), "a relay ended with {status}:\n{log}");
         }
+        self.check_connections(0);
+        self.check_transactions();
         // Those that were killed count as members until their time is over.
         until(Duration::from_secs(15), || {
             (self.ending() == Ending::default()).then_some(())
@@ -254,17 +326,30 @@ impl<D: Database> Stage<D> {
             let letters = self.store.dead_letters().unwrap();
             letters.list(&DeadLetterQuery::default()).await.unwrap()
         });
+        let mut written = WriterLog::read(&self.file("writer.log"));
+        let unknown = unknown(&written);
+        let committed = self.database.committed(&unknown);
+        resolve(&mut written, &committed);
         let run = Run {
             topic: self.topic.clone(),
-            written: WriterLog::read(&self.file("writer.log")),
+            written,
             effects: Some(self.database.consume(&arrived)),
             arrived,
             dead: dead.into_iter().map(|letter| letter.record.id).collect(),
             ending: Some(self.ending()),
+            sequenced: self.store.capabilities().ordering == Order::Sequenced,
+            resources: self.kept.lock().unwrap().clone(),
             limits,
         };
         let report = run.judge();
-        say(&format!("{title}, {} beginnings\n{report}", self.beginnings()));
+        let doubts = match unknown.len() {
+            0 => String::new(),
+            all => format!(", {} of {all} without an answer committed", committed.len()),
+        };
+        say(&format!(
+            "{title}, {} beginnings{doubts}\n{report}",
+            self.beginnings()
+        ));
         report
     }
 }
@@ -281,6 +366,12 @@ impl<D: Database> Drop for Stage<D> {
         }
     }
 }
+
+/// For how long a transaction may stand open idle: a relay goes on at once, on a busy machine as well.
+const MOST_IDLE: Duration = Duration::from_millis(50);
+
+/// By how much a relay's memory may grow, in KiB, beside half of what it was: allocators keep some.
+const GROWTH: usize = 16 * 1024;
 
 static TURN: Mutex<()> = Mutex::new(());
 

@@ -5,6 +5,15 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+/// What a process takes of the system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Usage {
+    /// Of memory, in KiB.
+    pub(crate) resident: usize,
+    /// Open files and sockets.
+    pub(crate) files: usize,
+}
+
 /// A running `outbox relay`. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct Relay {
@@ -55,6 +64,17 @@ impl Relay {
         let ended = super::until(Duration::from_secs(60), || self.child.try_wait().unwrap());
         let status = ended.unwrap_or_else(|| panic!("a relay does not end:\n{}", self.log()));
         (status, begin.elapsed())
+    }
+
+    /// What it takes of the system; none where there is no `/proc` to tell it.
+    pub(crate) fn usage(&self) -> Option<Usage> {
+        let process = PathBuf::from(format!("/proc/{}", self.pid()));
+        let status = std::fs::read_to_string(process.join("status")).ok()?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        Some(Usage {
+            resident: resident.trim().strip_suffix(" kB")?.parse().ok()?,
+            files: std::fs::read_dir(process.join("fd")).ok()?.count(),
+        })
     }
 
     /// What it has said so far.
