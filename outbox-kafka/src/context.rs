@@ -138,10 +138,12 @@ impl Context {
     }
 }
 
-/// The topic in librdkafka's sentence about a refusal, which is the only place where it stands.
+/// The topic in librdkafka's sentence about a refusal, which is the only place where it stands. What we purged ourselves
+/// while it was under way comes in the same words, and nobody has refused it.
 fn refused_topic(reason: &str) -> Option<&str> {
     let (_, rest) = reason.split_once("ProduceRequest for ")?;
-    rest.split_once(" [").map(|(topic, _)| topic)
+    let (topic, rest) = rest.split_once(" [")?;
+    (!rest.contains(" failed: Local: ")).then_some(topic)
 }
 
 #[cfg(test)]
@@ -154,6 +156,8 @@ mod tests {
                       orders.v1 [12] with 3 message(s) failed: Broker: Policy violation (broker 1 PID{Id:1,Epoch:0}, \
                       base seq 0): unable to satisfy gap-less guarantee";
         assert_eq!(refused_topic(reason), Some("orders.v1"));
+        let purged = reason.replace("Broker: Policy violation", "Local: Purged in flight");
+        assert_eq!(refused_topic(&purged), None);
         assert_eq!(refused_topic("something else"), None);
     }
 }
