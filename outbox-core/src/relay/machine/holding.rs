@@ -481,7 +481,7 @@ impl Machine {
             .holds
             .entries
             .iter()
-            .filter(|((shard, _), entry)| {
+            .filter(|((shard, scope), entry)| {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
                     && asked.shards.iter().any(|owned| owned.shard == *shard)
                     // Its topic was held, or has been since, and took the head out of flight.
@@ -490,6 +490,8 @@ impl Machine {
                         // It may be one of those that are held.
                         None => !held.topics.is_empty(),
                     })
+                    // It came too soon behind others of its key, and is read again when there is room.
+                    && !matches!(scope, Scope::Key(key) if self.holds.overflowed(&(*shard, key.clone())))
                     && !self.flights.contains_key(&(*shard, entry.head.position))
             })
             .map(|((shard, scope), entry)| (*shard, scope.clone(), entry.head))
