@@ -5,17 +5,17 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use outbox_core::{
     DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message,
-    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard,
-    millis,
+    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, millis,
 };
+use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use crate::error::During;
 use crate::hold::{HoldName, read_hold};
-use crate::row::{Rows, limit, number, optional_number, small, span, text, time};
+use crate::row::{Rows, count, limit, number, optional_number, small, span, text, time};
 use crate::sql::Statement;
-use crate::store::{PostgresStore, epochs, shards};
+use crate::store::{PostgresStore, epochs};
 
 /// How many rows one transaction of an operator's moves, so that none takes long.
 const CHUNK: usize = 1_000;
@@ -163,48 +163,43 @@ impl Parking for PostgresStore {
 #[async_trait]
 impl Scheduled for PostgresStore {
     async fn promote(&self, relay: &RelayId, owned: &[OwnedShard], most: usize) -> Result<Promotion> {
-        const DURING: &str = "promote";
-        let (numbers, numbers_epochs) = epochs(owned);
-        // Most often nothing is due, and that is asked without locking a thing.
-        let mut session = self.control.open(DURING).await?;
-        let next = session
-            .row(self.sql.next_due.query().bind(numbers.clone()))
-            .await?;
-        session.finish().await?;
-        let next_in = span(&next, 0).during(DURING)?;
+        let mut promotion = self.look_ahead(relay, owned).await?;
+        if promotion.next_in == Some(Duration::ZERO) && most > 0 {
+            let (shards, epochs) = epochs(owned);
+            let mut session = self.control.open(PROMOTE).await?;
+            let query = self.sql.promote.query().bind(shards).bind(epochs);
+            let promoted = session.row(query.bind(relay.as_str()).bind(limit(most))).await?;
+            session.finish().await?;
+            let promoted = count(&promoted, 0).during(PROMOTE)?;
+            promotion = Promotion {
+                promoted: usize::try_from(promoted).unwrap_or(usize::MAX),
+                ..self.look_ahead(relay, owned).await?
+            };
+        }
+        Ok(promotion)
+    }
+}
 
-        let mut session = self.control.begin(DURING).await?;
-        let held = shards(
-            &session
-                .rows(
-                    self.sql
-                        .fence
-                        .query()
-                        .bind(numbers)
-                        .bind(numbers_epochs)
-                        .bind(relay.as_str()),
-                )
-                .await?,
-        )?;
-        let mut promotion = Promotion {
+const PROMOTE: &str = "promote";
+
+impl PostgresStore {
+    /// What is planned, and what is lost: most often nothing is due, and that is asked without locking a thing.
+    async fn look_ahead(&self, relay: &RelayId, owned: &[OwnedShard]) -> Result<Promotion> {
+        let (shards, epochs) = epochs(owned);
+        let mut session = self.control.open(PROMOTE).await?;
+        let query = self.sql.next_due.query().bind(shards).bind(epochs);
+        let row = session.row(query.bind(relay.as_str())).await?;
+        session.finish().await?;
+        let held: Vec<i16> = row.try_get(1).during(PROMOTE)?;
+        Ok(Promotion {
             promoted: 0,
-            next_in,
+            next_in: span(&row, 0).during(PROMOTE)?,
             lost: owned
                 .iter()
                 .map(|owned| owned.shard)
-                .filter(|shard| !held.contains(shard))
+                .filter(|shard| !held.contains(&small(*shard)))
                 .collect(),
-        };
-        if next_in == Some(Duration::ZERO) && most > 0 {
-            let kept: Vec<i16> = held.iter().map(|shard: &Shard| small(*shard)).collect();
-            promotion.promoted = session
-                .changed(self.sql.promote.query().bind(kept.clone()).bind(limit(most)))
-                .await?;
-            let next = session.row(self.sql.next_due.query().bind(kept)).await?;
-            promotion.next_in = span(&next, 0).during(DURING)?;
-        }
-        session.finish().await?;
-        Ok(promotion)
+        })
     }
 }
 

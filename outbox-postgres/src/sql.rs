@@ -226,7 +226,6 @@ pub(crate) struct Sql {
     pub(crate) relays: Statement,
 
     pub(crate) holds: Statement,
-    pub(crate) fence: Statement,
     pub(crate) deliver: Statement,
     pub(crate) settle: Statement,
     pub(crate) bury: Statement,
@@ -287,27 +286,39 @@ impl Sql {
         // Rows to be written, in the order of `n`, with their numbers where messages are numbered. The counters are
         // locked in the order of keys, and all of them before the first position is drawn: the sort by `n` waits for
         // the last one.
-        let write = |rows: &str, rest: &str| {
+        let insert = |rows: &str, rest: &str| {
             if sequenced {
-                format!(
-                    "WITH {rows}, counted AS ( \
-                         INSERT INTO {numbers} AS s (topic, key, last) \
-                         SELECT topic, key, count(*) FROM fresh WHERE key IS NOT NULL GROUP BY topic, key ORDER BY topic, key \
-                         ON CONFLICT (topic, key) DO UPDATE SET last = s.last + excluded.last RETURNING topic, key, last \
-                     ){rest} \
-                     INSERT INTO {outbox} (message_id, topic, key, payload, headers, content_type, created_at, key_seq) \
-                     SELECT f.message_id, f.topic, f.key, f.payload, f.headers, f.content_type, f.created_at, \
-                            c.last - count(*) OVER (PARTITION BY f.topic, f.key) \
-                                   + row_number() OVER (PARTITION BY f.topic, f.key ORDER BY f.n) \
-                       FROM fresh f LEFT JOIN counted c ON c.topic = f.topic AND c.key = f.key ORDER BY f.n"
+                (
+                    format!(
+                        "WITH {rows}, counted AS ( \
+                             INSERT INTO {numbers} AS s (topic, key, last) \
+                             SELECT topic, key, count(*) FROM fresh WHERE key IS NOT NULL \
+                             GROUP BY topic, key ORDER BY topic, key \
+                             ON CONFLICT (topic, key) DO UPDATE SET last = s.last + excluded.last \
+                             RETURNING topic, key, last \
+                         ){rest}"
+                    ),
+                    format!(
+                        "INSERT INTO {outbox} (message_id, topic, key, payload, headers, content_type, created_at, key_seq) \
+                         SELECT f.message_id, f.topic, f.key, f.payload, f.headers, f.content_type, f.created_at, \
+                                c.last - count(*) OVER (PARTITION BY f.topic, f.key) \
+                                       + row_number() OVER (PARTITION BY f.topic, f.key ORDER BY f.n) \
+                           FROM fresh f LEFT JOIN counted c ON c.topic = f.topic AND c.key = f.key ORDER BY f.n"
+                    ),
                 )
             } else {
-                format!(
-                    "WITH {rows}{rest} \
-                     INSERT INTO {outbox} (message_id, topic, key, payload, headers, content_type, created_at) \
-                     SELECT message_id, topic, key, payload, headers, content_type, created_at FROM fresh ORDER BY n"
+                (
+                    format!("WITH {rows}{rest}"),
+                    format!(
+                        "INSERT INTO {outbox} (message_id, topic, key, payload, headers, content_type, created_at) \
+                         SELECT message_id, topic, key, payload, headers, content_type, created_at FROM fresh ORDER BY n"
+                    ),
                 )
             }
+        };
+        let write = |rows: &str, rest: &str| {
+            let (with, insert) = insert(rows, rest);
+            format!("{with} {insert}")
         };
         let given = "given AS MATERIALIZED (SELECT message_id, topic, key, payload, headers::json, content_type, n, \
                          clock_timestamp() AS created_at FROM unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], \
@@ -411,7 +422,6 @@ impl Sql {
             )),
 
             holds: statement(format!("SELECT {hold_columns} FROM {hold} WHERE shard = ANY($1)")),
-            fence: statement(format!("WITH {held} SELECT shard FROM held")),
             deliver: statement(format!(
                 "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} AND {ours}) \
                  SELECT shard FROM held"
@@ -477,23 +487,29 @@ impl Sql {
                  WHERE d.position = u.position AND d.message_id = u.message_id"
             )),
 
+            // When the next one is due, and which shards the relay $3 holds: neither needs a lock.
             next_due: statement(format!(
-                "SELECT min({}) FROM unnest($1::smallint[]) u(shard) CROSS JOIN LATERAL \
-                 (SELECT deliver_at FROM {scheduled} s WHERE s.shard = u.shard ORDER BY deliver_at, id LIMIT 1) s",
+                "SELECT (SELECT min({}) FROM unnest($1::smallint[]) u(shard) CROSS JOIN LATERAL \
+                     (SELECT deliver_at FROM {scheduled} s WHERE s.shard = u.shard ORDER BY deliver_at, id LIMIT 1) s), \
+                 ARRAY(SELECT l.shard FROM {lease} l JOIN unnest($1::smallint[], $2::bigint[]) u(shard, epoch) \
+                     ON l.shard = u.shard AND l.epoch = u.epoch WHERE l.owner = $3 AND l.until > clock_timestamp())",
                 left("deliver_at")
             )),
-            promote: statement(write(
-                &format!(
-                    "due AS MATERIALIZED (SELECT s.shard, s.deliver_at, s.id FROM unnest($1::smallint[]) u(shard) \
-                         CROSS JOIN LATERAL (SELECT s.shard, s.deliver_at, s.id FROM {scheduled} s WHERE s.shard = u.shard \
-                         AND s.deliver_at <= statement_timestamp() ORDER BY s.deliver_at, s.id LIMIT $2) s \
-                         ORDER BY s.deliver_at, s.id LIMIT $2), \
-                     gone AS (DELETE FROM {scheduled} s USING due WHERE s.shard = due.shard \
-                         AND s.deliver_at = due.deliver_at AND s.id = due.id RETURNING s.*), \
-                     fresh AS MATERIALIZED (SELECT *, row_number() OVER (ORDER BY deliver_at, id) AS n FROM gone)"
-                ),
-                "",
-            )),
+            promote: statement({
+                let (with, insert) = insert(
+                    &format!(
+                        "{held}, due AS MATERIALIZED (SELECT s.shard, s.deliver_at, s.id FROM held u \
+                             CROSS JOIN LATERAL (SELECT s.shard, s.deliver_at, s.id FROM {scheduled} s \
+                             WHERE s.shard = u.shard AND s.deliver_at <= statement_timestamp() \
+                             ORDER BY s.deliver_at, s.id LIMIT $4) s ORDER BY s.deliver_at, s.id LIMIT $4), \
+                         gone AS (DELETE FROM {scheduled} s USING due WHERE s.shard = due.shard \
+                             AND s.deliver_at = due.deliver_at AND s.id = due.id RETURNING s.*), \
+                         fresh AS MATERIALIZED (SELECT *, row_number() OVER (ORDER BY deliver_at, id) AS n FROM gone)"
+                    ),
+                    "",
+                );
+                format!("{with}, written AS ({insert} RETURNING 1) SELECT count(*) FROM written")
+            }),
 
             purge: statement(format!(
                 "DELETE FROM {processed} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {processed} \
