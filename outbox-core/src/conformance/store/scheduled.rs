@@ -117,7 +117,7 @@ pub async fn scheduled_is_fenced<H: StoreHarness>() {
 pub async fn scheduled_keeps_limit<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;
     let mut owner = bench.owner("owner").await;
-    let due = bench.database_now(&mut owner).await + Duration::from_millis(300);
+    let due = bench.database_now(&mut owner).await + Duration::from_secs(1);
     let messages: Vec<_> = (0..5)
         .map(|number| at(&bench, &format!("key-{number}"), &format!("{number}"), due))
         .collect();
@@ -126,7 +126,7 @@ pub async fn scheduled_keeps_limit<H: StoreHarness>() {
         bench.store.stats().await.unwrap().scheduled == 5,
         "what is not promoted counts as scheduled"
     );
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
     let first = promote(&owner, 2).await;
     assert_eq!(first.promoted, 2, "five are due, two were asked for");
     assert_eq!(
