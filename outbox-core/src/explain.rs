@@ -12,6 +12,22 @@ use crate::shard::Shard;
 use crate::store::Count;
 
 /// Why something is where it is.
+///
+/// ```
+/// use outbox_core::{MemoryStore, Message, OutboxStore, Subject, explain};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+///
+/// let subject = Subject::Topic("orders".into());
+/// let facts = store.inspection().unwrap().inspect(&subject, 1_000).await?;
+/// let explanation = explain(&subject, &facts);
+/// assert_eq!(explanation.places.len(), 1);
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Explanation {
     /// What is true of the subject as a whole. Empty when the places say all.
@@ -21,6 +37,23 @@ pub struct Explanation {
 }
 
 /// One place, explained.
+///
+/// ```
+/// use outbox_core::{MemoryStore, Message, OutboxStore, Subject, explain};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+///
+/// let subject = Subject::Topic("orders".into());
+/// let facts = store.inspection().unwrap().inspect(&subject, 1_000).await?;
+/// for explained in explain(&subject, &facts).places {
+///     println!("{}: {}", explained.standing.id, explained.causes[0]);
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Explained {
     /// The message and its place.
@@ -30,6 +63,12 @@ pub struct Explained {
 }
 
 /// One reason. Its `Display` is a sentence for people, [`code`](Self::code) is for programs.
+///
+/// ```
+/// use outbox_core::Cause;
+///
+/// assert!(Cause::NoRelay.to_string().contains("relay"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cause {

@@ -28,6 +28,21 @@ use crate::store::{Count, LeaseStatus};
 ///   (`inspection_tells_owners`), the last number of a key where keys are numbered (`inspection_tells_last_number`).
 /// - It **MUST NOT** look at more than `bound` rows where it has to search, and never claims more than it saw: then
 ///   [`Facts::complete`] is false, and a count is [`Count::AtLeast`] (`inspection_keeps_its_bound`).
+///
+/// ```
+/// use outbox_core::{Count, MemoryStore, Message, OutboxStore, Subject};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+///
+/// // `None` would say that this store cannot tell.
+/// let facts = store.inspection().unwrap().inspect(&Subject::Topic("orders".into()), 1_000).await?;
+/// assert_eq!(facts.backlog, Count::Exact(1));
+/// # Ok(()) }
+/// ```
 #[async_trait]
 pub trait Inspection: Send + Sync {
     /// The facts about `subject`, as of one moment; a search looks at no more than `bound` rows of a table, oldest
@@ -36,9 +51,20 @@ pub trait Inspection: Send + Sync {
 }
 
 /// So many places of one kind are told at most: ids need not be unique, but an answer has to end.
+///
+/// ```
+/// assert!(outbox_core::MAX_PLACES >= 100);
+/// ```
 pub const MAX_PLACES: usize = 100;
 
 /// What is asked about.
+///
+/// ```
+/// use outbox_core::Subject;
+///
+/// let subject = Subject::Topic("orders".into());
+/// assert_eq!(subject.to_string(), "topic orders");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Subject {
     /// All messages with this id.
@@ -50,6 +76,20 @@ pub enum Subject {
 }
 
 /// What a store knows about a subject.
+///
+/// ```
+/// use outbox_core::{MemoryStore, Message, OutboxStore, Subject};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+///
+/// let facts = store.inspection().unwrap().inspect(&Subject::Topic("orders".into()), 1_000).await?;
+/// assert!(facts.complete && facts.relays.is_empty());
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
     /// The time by the database's clock.
@@ -71,6 +111,20 @@ pub struct Facts {
 }
 
 /// A message where it stands, without its payload and its headers, which nobody needs in order to know why it waits.
+///
+/// ```
+/// use outbox_core::{MemoryStore, Message, OutboxStore, Subject};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> outbox_core::Result<()> {
+/// let store = MemoryStore::default();
+/// let mut tx = store.begin();
+/// store.enqueue(&mut tx, &Message::builder("orders").key("42").build()?).await?;
+/// tx.commit();
+///
+/// let facts = store.inspection().unwrap().inspect(&Subject::Topic("orders".into()), 1_000).await?;
+/// assert_eq!(&*facts.found[0].topic, "orders");
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
     /// Its id.
@@ -88,6 +142,13 @@ pub struct Standing {
 }
 
 /// Where a message stands.
+///
+/// ```
+/// use outbox_core::{Count, Place, Position, Shard};
+///
+/// let place = Place::Outbox { shard: Shard(3), position: Position(42), ahead: Count::Exact(0) };
+/// assert!(matches!(place, Place::Outbox { ahead: Count::Exact(0), .. })); // the next of its shard
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// In the outbox: committed and not delivered.

@@ -28,6 +28,11 @@ use metrics::{describe_counter, describe_gauge, describe_histogram};
 
 /// Gives the recorder of this process a description of every metric. For programs that show metrics; a relay works
 /// without it.
+///
+/// ```
+/// // after a recorder was installed:
+/// outbox_core::metrics::describe();
+/// ```
 pub fn describe() {
     for (name, kind, help) in METRICS {
         match kind {

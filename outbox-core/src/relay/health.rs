@@ -26,6 +26,17 @@ pub struct Health {
 }
 
 /// What is known of a relay at one moment.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::Vitals;
+///
+/// /// Ready: it has leases, or was told that there are none for it, not long ago.
+/// fn ready(vitals: &Vitals, lease: Duration) -> bool {
+///     !vitals.stopping && vitals.leased_ago.is_some_and(|ago| ago < lease)
+/// }
+/// assert!(!ready(&Vitals::default(), Duration::from_secs(10)));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Vitals {
     /// How long ago its loop last went round, which it does every ten seconds at least. None: it never ran.
