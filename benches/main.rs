@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table};
 use outbox::RelayConfig;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::place::{Server, Store};
 use crate::results::{Finding, Machine, Outcome, Results, figure};
@@ -60,6 +61,9 @@ struct Options {
     /// Settings of the relay that are not the defaults: '{"batch_rows": 500}'.
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = relay_config)]
     relay: RelayConfig,
+    /// Runs what moves the messages under a profiler: 'valgrind --tool=callgrind'.
+    #[arg(long, value_name = "COMMAND")]
+    under: Option<String>,
     /// Measures nothing: makes the report, and its drawing beside it, of what a file has.
     #[arg(long, num_args = 2, value_names = ["FILE.json", "FILE.md"], exclusive = true)]
     report: Option<Vec<PathBuf>>,
@@ -105,17 +109,26 @@ async fn run(options: Options) -> Outcome<()> {
     let server = Server::start(options.store, options.postgres.as_deref()).await?;
     let machine = machine::describe(&server, &machine::differences(&options.relay)?).await?;
     print_machine(&machine);
-    let mut bench = Bench::new(
+    let mut bench = Bench {
         server,
         brokers,
-        options.relay.clone(),
-        options.quick,
-        machine.run.clone(),
-    );
+        relay: options.relay.clone(),
+        under: options
+            .under
+            .iter()
+            .flat_map(|under| under.split_whitespace().map(str::to_owned))
+            .collect(),
+        quick: options.quick,
+        run: machine.run.clone(),
+        samples: Vec::new(),
+        failures: Vec::new(),
+    };
+    let mut terminate = signal(SignalKind::terminate())?;
     // The database is dropped however this ends.
     let measured = tokio::select! {
         measured = measure(&options, &mut bench) => measured,
         _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+        _ = terminate.recv() => Err("told to end".into()),
     };
     let (findings, failures) = (bench.findings(), std::mem::take(&mut bench.failures));
     bench.server.remove().await?;

@@ -100,8 +100,18 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) async fn start(task: &Task) -> Outcome<Self> {
-        let mut process = Command::new(std::env::current_exe()?)
+    /// Starts it by itself, or as the last arguments of another command.
+    pub(crate) async fn start(task: &Task, under: &[String]) -> Outcome<Self> {
+        let program = std::env::current_exe()?;
+        let mut command = match under.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        let mut process = command
             .arg(WORKER)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -23,15 +23,17 @@ pub(crate) struct Bench {
     pub(crate) server: Server,
     pub(crate) brokers: String,
     pub(crate) relay: RelayConfig,
+    /// The command, if any, that runs what moves the messages.
+    pub(crate) under: Vec<String>,
     pub(crate) quick: bool,
     pub(crate) run: String,
-    samples: Vec<Samples>,
+    pub(crate) samples: Vec<Samples>,
     /// Measurements that do not count, and why.
     pub(crate) failures: Vec<String>,
 }
 
 /// What rounds gave of one figure.
-struct Samples {
+pub(crate) struct Samples {
     finding: Finding,
     values: Vec<f64>,
 }
@@ -45,24 +47,6 @@ pub(crate) struct Subject<'s> {
 }
 
 impl Bench {
-    pub(crate) const fn new(
-        server: Server,
-        brokers: String,
-        relay: RelayConfig,
-        quick: bool,
-        run: String,
-    ) -> Self {
-        Self {
-            server,
-            brokers,
-            relay,
-            quick,
-            run,
-            samples: Vec::new(),
-            failures: Vec::new(),
-        }
-    }
-
     /// One of two sizes.
     pub(crate) const fn size<T: Copy>(&self, full: T, quick: T) -> T {
         if self.quick { quick } else { full }
@@ -184,13 +168,13 @@ impl Stage {
 
     /// Somebody who is connected and waits for the word.
     pub(crate) async fn worker(&self, bench: &Bench, system: System) -> Outcome<Worker> {
-        Worker::start(&Task {
+        let task = Task {
             system,
             spec: self.place.spec.clone(),
             brokers: bench.brokers.clone(),
             relay: bench.relay.clone(),
-        })
-        .await
+        };
+        Worker::start(&task, &bench.under).await
     }
 
     /// Waits until so many messages have arrived, or until `end`.
