@@ -1,0 +1,288 @@
+//! The report: `docs/performance.md`, made of what was measured and of nothing else.
+
+use std::fmt::Write as _;
+
+use crate::results::{Finding, Results, figure};
+
+/// What the project set out to reach, with the PostgreSQL store and Kafka.
+struct Target {
+    what: &'static str,
+    workload: &'static str,
+    case: &'static str,
+    metric: &'static str,
+    bound: Bound,
+}
+
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+const STORE: &str = "postgres";
+
+const fn target(
+    what: &'static str,
+    workload: &'static str,
+    case: &'static str,
+    metric: &'static str,
+    bound: Bound,
+) -> Target {
+    Target {
+        what,
+        workload,
+        case,
+        metric,
+        bound,
+    }
+}
+
+const TARGETS: &[Target] = &[
+    target(
+        "drain, beside the batched baseline",
+        "drain",
+        "",
+        "rate, in rates of batched",
+        Bound::AtLeast(5.0),
+    ),
+    target(
+        "drain, beside the naive baseline",
+        "drain",
+        "",
+        "rate, in rates of naive",
+        Bound::AtLeast(200.0),
+    ),
+    target("relay's CPU", "drain", "", "CPU", Bound::AtMost(5.0)),
+    target(
+        "commit to consume at 1,000/s, median",
+        "latency",
+        "1,000 messages/s",
+        "p50",
+        Bound::AtMost(3.0),
+    ),
+    target(
+        "commit to consume at 1,000/s, 99 of 100",
+        "latency",
+        "1,000 messages/s",
+        "p99",
+        Bound::AtMost(8.0),
+    ),
+    target(
+        "time for a message, 10 M waiting beside 10 k",
+        "backlog",
+        "10,000,000 waiting",
+        "time for a message, in that at 10,000 waiting",
+        Bound::AtMost(1.25),
+    ),
+    target(
+        "relay's memory, 10 M waiting",
+        "backlog",
+        "10,000,000 waiting",
+        "peak memory",
+        Bound::AtMost(96.0),
+    ),
+    target(
+        "relay's memory, 10 M waiting beside 10 k",
+        "backlog",
+        "10,000,000 waiting",
+        "peak memory, in that at 10,000 waiting",
+        Bound::AtMost(1.25),
+    ),
+    target(
+        "one key, beside 10,000",
+        "keys",
+        "1 key",
+        "rate, share of that with 10,000 keys",
+        Bound::AtLeast(80.0),
+    ),
+    target(
+        "producers, beside none",
+        "producers",
+        "with a relay",
+        "commits, share of those without",
+        Bound::AtLeast(90.0),
+    ),
+    target(
+        "a snapshot is held",
+        "held",
+        "snapshot held",
+        "rate, share of the undisturbed",
+        Bound::AtLeast(90.0),
+    ),
+    target(
+        "a writing transaction is held",
+        "held",
+        "writer held",
+        "rate, share of the undisturbed",
+        Bound::AtLeast(90.0),
+    ),
+    target(
+        "a key is blocked",
+        "held",
+        "key blocked",
+        "rate, share of the undisturbed",
+        Bound::AtLeast(90.0),
+    ),
+];
+
+/// What each workload is, in the order of the report.
+const WORKLOADS: &[(&str, &str)] = &[
+    (
+        "drain",
+        "A backlog of messages of 1 KiB with 10,000 keys, from the word to begin until the broker has the last message: \
+         200,000 messages, 2,000 for *naive*. Each system has a fresh table, vacuumed and analysed, a fresh topic that was \
+         written to, and sends the message's id as a header. *batched* locks rows by `FOR UPDATE SKIP LOCKED` over a \
+         partial index, sends all, waits for all, marks all with one `UPDATE`, commits without waiting for the disk; its \
+         batch is the best of 100, 500, 1,000 and 2,000, tried before. *naive* claims by an `UPDATE`, sends one after the \
+         other with librdkafka's default linger and waits for each, then marks; in SQLite it reads one, sends it, deletes \
+         it. Both use `acks=all` and idempotence, as the relay does.",
+    ),
+    (
+        "latency",
+        "Messages of 1 KiB are committed at a fixed rate for 60 s, each in a transaction of its own, on an open schedule: \
+         nobody waits for anybody. Timed from the commit's return to the consumer that takes messages one by one, with one \
+         clock.",
+    ),
+    (
+        "backlog",
+        "Messages of 200 bytes; the inner part of a drain, 100,000 messages, while so many wait. The relay is started anew \
+         each time.",
+    ),
+    ("keys", "As *drain*, with as many keys."),
+    (
+        "producers",
+        "8 connections (SQLite: one) commit one message of 1 KiB a transaction, as fast as they can, with and without a \
+         relay on the same machine.",
+    ),
+    (
+        "held",
+        "A backlog of 4 million messages of 200 bytes is drained for up to 60 s while a producer goes on committing, beside \
+         a read-only snapshot that is held, beside a transaction that has enqueued and does not end, and behind 300,000 \
+         messages of a parked key.",
+    ),
+    (
+        "relays",
+        "A backlog of 200,000 messages of 1 KiB, committed at once, is drained by several relays on one machine.",
+    ),
+];
+
+pub(crate) fn text(results: &Results) -> String {
+    let mut text = String::from(
+        "# Performance\n\n\
+         Made by `scripts/bench --report` of what `scripts/bench` measured; not written by hand. Figures are medians of \
+         rounds, with their range, in which systems and cases take turns. Compare within one table only: another machine, \
+         or this one tomorrow, gives others. The relay is a process of its own, and CPU and memory are its alone. Every \
+         topic was read from its beginning; a round with a loss, a duplicate or an inversion would not count.\n",
+    );
+    write_targets(&mut text, results);
+    text.push_str("\n![Drain rates and latencies](performance.svg)\n");
+    for (workload, description) in WORKLOADS {
+        let found: Vec<&Finding> = results
+            .findings
+            .iter()
+            .filter(|finding| finding.workload == *workload)
+            .collect();
+        if !found.is_empty() {
+            write_workload(&mut text, workload, description, &found);
+        }
+    }
+    text.push_str("\n## Machines\n");
+    for machine in &results.machines {
+        text.push_str("\n| | |\n|---|---|\n");
+        for (name, value) in machine.lines() {
+            put(
+                &mut text,
+                format_args!("| {name} | {} |\n", value.replace('|', "\\|")),
+            );
+        }
+        let mut measured: Vec<&str> = Vec::new();
+        for finding in results
+            .findings
+            .iter()
+            .filter(|finding| finding.run == machine.run)
+        {
+            if !measured.contains(&finding.workload.as_str()) {
+                measured.push(&finding.workload);
+            }
+        }
+        put(
+            &mut text,
+            format_args!("| measured | {} |\n", measured.join(", ")),
+        );
+    }
+    text
+}
+
+fn write_targets(text: &mut String, results: &Results) {
+    text.push_str("\n## Targets\n\nOf the PostgreSQL store with Kafka.\n\n| target | wanted | found | |\n|---|---:|---:|---|\n");
+    for target in TARGETS {
+        let Target {
+            what,
+            workload,
+            case,
+            metric,
+            bound,
+        } = target;
+        let found = results.find(STORE, workload, "outbox", case, metric);
+        let (sign, wanted) = match bound {
+            Bound::AtLeast(wanted) => ("≥", *wanted),
+            Bound::AtMost(wanted) => ("≤", *wanted),
+        };
+        let unit = found.map_or("", |found| found.unit.as_str());
+        let verdict = found.map_or_else(
+            || "not measured".to_owned(),
+            |found| {
+                let off = 100.0 * (found.median - wanted) / wanted;
+                let met = if sign == "≥" { off >= 0.0 } else { off <= 0.0 };
+                let direction = if off < 0.0 { "below" } else { "above" };
+                format!(
+                    "{}, {}% {direction}",
+                    if met { "met" } else { "**missed**" },
+                    figure(off.abs())
+                )
+            },
+        );
+        let shown = found.map_or(String::new(), |found| format!("{} {unit}", figure(found.median)));
+        put(
+            text,
+            format_args!(
+                "| {what} | {sign} {} {unit} | {shown} | {verdict} |\n",
+                plain(wanted)
+            ),
+        );
+    }
+}
+
+fn write_workload(text: &mut String, workload: &str, description: &str, found: &[&Finding]) {
+    put(text, format_args!("\n## {workload}\n\n{description}\n\n"));
+    text.push_str("| store | system | case | metric | median | range | unit | rounds |\n|---|---|---|---|---:|---:|---|---:|\n");
+    for finding in found {
+        let Finding {
+            store,
+            system,
+            case,
+            metric,
+            median,
+            unit,
+            rounds,
+            ..
+        } = finding;
+        put(
+            text,
+            format_args!(
+                "| {store} | {system} | {case} | {metric} | {} | {} | {unit} | {rounds} |\n",
+                figure(*median),
+                finding.range()
+            ),
+        );
+    }
+}
+
+/// A bound as it is said: `5`, `1.25`.
+fn plain(value: f64) -> String {
+    format!("{value}")
+}
+
+fn put(text: &mut String, arguments: std::fmt::Arguments<'_>) {
+    // Writing to a string does not fail.
+    let _ = text.write_fmt(arguments);
+}
