@@ -473,12 +473,13 @@ impl MessageBuilder {
 /// assert!(check_topic("orders/v1").is_err());
 /// ```
 pub fn check_topic(topic: &str) -> Result<()> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    // Bytes, because this is asked of every message: no byte of a character beyond ASCII is legal either.
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     if topic.is_empty()
         || topic.len() > MAX_TOPIC_LENGTH
         || topic == "."
         || topic == ".."
-        || !topic.chars().all(legal)
+        || !topic.bytes().all(legal)
     {
         return Err(Error::new(
             ErrorKind::Invalid,
