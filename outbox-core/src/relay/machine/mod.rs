@@ -34,6 +34,7 @@ mod reloading;
 mod settling;
 mod topics;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -286,10 +287,10 @@ impl Machine {
     }
 
     fn leave_key(&mut self, shard: Shard, key: OrderKey) {
-        let entry = (shard, key);
-        let Some(state) = self.keys.get_mut(&entry) else {
+        let Entry::Occupied(mut entry) = self.keys.entry((shard, key)) else {
             return;
         };
+        let state = entry.get_mut();
         state.unresolved = state.unresolved.saturating_sub(1);
         if state.unresolved > state.waiting.len() {
             return;
@@ -297,8 +298,8 @@ impl Machine {
         match state.waiting.pop_front() {
             Some(next) => self.publishing.ready.push_back(next),
             None => {
-                self.keys.remove(&entry);
-                if self.holds.overflowed(&entry) {
+                let (key, _) = entry.remove_entry();
+                if self.holds.overflowed(&key) {
                     self.fetching.wake();
                 }
             }
