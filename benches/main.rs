@@ -39,7 +39,7 @@ use crate::workloads::Workload;
 
 /// Measures the outbox against real servers.
 #[derive(Parser)]
-#[command(name = "scripts/bench")]
+#[command(bin_name = "scripts/bench")]
 struct Options {
     /// What to measure. Default: all that fits the store.
     workloads: Vec<Workload>,
@@ -65,7 +65,7 @@ struct Options {
     #[arg(long, value_name = "COMMAND")]
     under: Option<String>,
     /// Measures nothing: makes the report, and its drawing beside it, of what a file has.
-    #[arg(long, num_args = 2, value_names = ["FILE.json", "FILE.md"], exclusive = true)]
+    #[arg(long, num_args = 2, value_names = ["FILE.json", "FILE.md"])]
     report: Option<Vec<PathBuf>>,
     #[arg(long, env = "OUTBOX_TEST_POSTGRES", hide = true, hide_env_values = true)]
     postgres: Option<String>,

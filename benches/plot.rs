@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use crate::results::{Finding, Results, figure};
 
-const WIDTH: f64 = 760.0;
-const LABELS: f64 = 220.0;
+const WIDTH: f64 = 820.0;
+const LABELS: f64 = 280.0;
 const FIGURES: f64 = 110.0;
 const ROW: f64 = 22.0;
 const HEAD: f64 = 44.0;
