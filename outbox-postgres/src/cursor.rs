@@ -19,11 +19,19 @@
 //! a keyless message that is wanted again. A held key has a sleeping lane, which remembers where the scans began that
 //! passed it over.
 
+mod plan;
+mod scans;
+mod snapshot;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outbox_core::{Epoch, FetchRequest, Held, OrderKey, Position, RereadScope, Shard};
+
+pub(crate) use self::plan::{Intake, LanePlan, Place, Plan, ShardPlan};
+use self::scans::Scans;
+pub(crate) use self::snapshot::{Server, Snapshot, Xid};
 
 /// The position of a shard of which nothing is left to read.
 const END: i64 = i64::MAX;
@@ -34,44 +42,6 @@ const START: i64 = i64::MIN;
 const MAX_LANES: usize = 16;
 /// More marks cost memory and give nothing: old ones can be thinned out, which only makes the cursor look further back.
 const MAX_MARKS: usize = 128;
-
-/// The number of a transaction, 64 bits without wrap-around.
-pub(crate) type Xid = u64;
-
-/// Which transactions a snapshot sees: all below `xmin`; none from `xmax` on; of those between, all but `running`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Snapshot {
-    pub(crate) xmin: Xid,
-    pub(crate) xmax: Xid,
-    pub(crate) running: Vec<Xid>,
-}
-
-impl Snapshot {
-    /// As the server writes it: `xmin:xmax:running,…`.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.split(':');
-        let (xmin, xmax) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-        let running = match parts.next()? {
-            "" => Vec::new(),
-            list => list.split(',').map(str::parse).collect::<Result<_, _>>().ok()?,
-        };
-        Some(Self { xmin, xmax, running })
-    }
-
-    fn sees(&self, xid: Xid) -> bool {
-        xid < self.xmin || (xid < self.xmax && !self.running.contains(&xid))
-    }
-}
-
-/// What the server told with a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Server {
-    pub(crate) snapshot: Snapshot,
-    /// The last position that was drawn.
-    pub(crate) last: i64,
-    /// How far the next transaction number is from the snapshot's `xmax`, read after `last`.
-    pub(crate) ahead: u64,
-}
 
 /// All transactions numbered `from` or later draw positions above `last`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,115 +100,12 @@ struct Lane {
     held_since: Option<u64>,
 }
 
-/// Where the main scans began that passed something held over. Of each fetch at which something came to be held, or
-/// after which a scan began lower still: ascending in both.
-#[derive(Debug, Default)]
-struct Scans(VecDeque<(u64, i64)>);
-
-impl Scans {
-    /// Notes where a scan began; `newest` is the last fetch at which something came to be held.
-    fn note(&mut self, fetch: u64, begin: i64, newest: u64) {
-        while self.0.back().is_some_and(|(_, later)| *later >= begin) {
-            self.0.pop_back();
-        }
-        // Who asks for an earlier fetch gets the answer of one that began lower.
-        if self.0.back().is_none_or(|(last, _)| *last < newest) {
-            self.0.push_back((fetch, begin));
-        }
-    }
-
-    /// The lowest position at which a scan began, of this fetch or a later one.
-    fn lowest_since(&self, fetch: u64) -> i64 {
-        let index = self.0.partition_point(|(own, _)| *own < fetch);
-        self.0.get(index).map_or(END, |(_, begin)| *begin)
-    }
-
-    /// Forgets what is not the answer for one of these fetches.
-    fn keep_for(&mut self, fetches: &BTreeSet<u64>) {
-        let mut before = 0;
-        self.0.retain(|(own, _)| {
-            let asked = fetches.range(before..=*own).next().is_some();
-            before = own + 1;
-            asked
-        });
-    }
-}
-
 /// The check of the invariant: now and then everything is looked at from the start.
 #[derive(Debug)]
 struct Sweep {
     interval: Duration,
     /// When the next one is due; none is never.
     due: Option<Instant>,
-}
-
-/// What one fetch asks the server for.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    /// Rows of transactions that the last snapshot did not know lie above this.
-    pub(crate) below: i64,
-    /// Transactions that were running then, and above what the rows of each lie.
-    pub(crate) running: Vec<(Xid, i64)>,
-    /// Positions that are not to be returned by lanes and shards: in flight, held, or asked for as singles.
-    pub(crate) skip: Vec<i64>,
-    pub(crate) singles: Vec<(Shard, i64)>,
-    pub(crate) lanes: Vec<LanePlan>,
-    pub(crate) shards: Vec<ShardPlan>,
-    max_rows: usize,
-    max_bytes: usize,
-    /// Whether this fetch looks at everything.
-    sweeps: bool,
-}
-
-#[derive(Debug)]
-pub(crate) struct LanePlan {
-    pub(crate) shard: Shard,
-    pub(crate) key: OrderKey,
-    pub(crate) after: i64,
-    /// Inclusive; beyond it the main scan will come.
-    pub(crate) upto: i64,
-    pub(crate) quota: usize,
-}
-
-#[derive(Debug)]
-pub(crate) struct ShardPlan {
-    pub(crate) shard: Shard,
-    pub(crate) after: i64,
-    pub(crate) quota: usize,
-}
-
-/// For what a row was asked; the index is that in the plan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Place {
-    Single,
-    Lane(usize),
-    Shard(usize),
-}
-
-/// How a batch fills up: decides row by row, in the order of the answer, what is taken.
-#[derive(Debug)]
-pub(crate) struct Intake {
-    rows: usize,
-    bytes: usize,
-    singles: BTreeSet<i64>,
-    lanes: Vec<Taken>,
-    shards: Vec<Taken>,
-    /// From where on nothing is taken any more of singles and lanes, which have half of the batch.
-    cut_apart: Option<Place>,
-    /// The same of the shards.
-    cut: Option<usize>,
-    /// Whether bytes were the limit, not rows.
-    heavy: bool,
-    latest: Place,
-    disordered: bool,
-    /// What a sweep came across, by the index of its shard.
-    swept: Vec<(usize, i64)>,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Taken {
-    rows: usize,
-    last: i64,
 }
 
 /// What a fetch came to.
@@ -721,75 +588,6 @@ impl Cursor {
                 index > half || index % 2 == 1
             });
         }
-    }
-}
-
-impl Intake {
-    pub(crate) fn new(plan: &Plan) -> Self {
-        Self {
-            rows: 0,
-            bytes: 0,
-            singles: BTreeSet::new(),
-            lanes: vec![Taken::default(); plan.lanes.len()],
-            shards: vec![Taken::default(); plan.shards.len()],
-            cut_apart: None,
-            cut: None,
-            heavy: false,
-            latest: Place::Single,
-            disordered: false,
-            swept: Vec::new(),
-        }
-    }
-
-    /// Whether a row is taken. The first one always is.
-    pub(crate) fn offer(&mut self, plan: &Plan, place: Place, position: i64, bytes: usize) -> bool {
-        if place < self.latest {
-            self.disordered = true;
-        }
-        self.latest = place;
-        let apart = !matches!(place, Place::Shard(_));
-        let closed = if apart {
-            self.cut_apart.is_some()
-        } else {
-            self.cut.is_some()
-        };
-        if closed {
-            return false;
-        }
-        let (max_rows, max_bytes) = if apart {
-            ((plan.max_rows / 2).max(1), plan.max_bytes / 2)
-        } else {
-            (plan.max_rows, plan.max_bytes)
-        };
-        let total = self.bytes.saturating_add(bytes);
-        if self.rows > 0 && (self.rows >= max_rows || total > max_bytes) {
-            self.heavy |= total > max_bytes;
-            match place {
-                Place::Shard(index) => self.cut = Some(index),
-                apart => self.cut_apart = Some(apart),
-            }
-            return false;
-        }
-        if let Place::Shard(index) = place
-            && plan.sweeps
-        {
-            self.swept.push((index, position));
-        }
-        let taken = match place {
-            Place::Single => {
-                self.singles.insert(position);
-                None
-            }
-            Place::Lane(index) => self.lanes.get_mut(index),
-            Place::Shard(index) => self.shards.get_mut(index),
-        };
-        if let Some(taken) = taken {
-            taken.rows += 1;
-            taken.last = position;
-        }
-        self.rows += 1;
-        self.bytes = total;
-        true
     }
 }
 
