@@ -265,6 +265,9 @@ impl<D: Database> Stage<D> {
         if given_back.is_none() {
             let mut kept = self.kept.lock().unwrap();
             kept.push(format!("before the faults {before:?}, after them {now:?}"));
+            for relay in relays {
+                say(&relay.files().join("\n"));
+            }
         }
     }
 

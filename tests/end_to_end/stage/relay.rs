@@ -77,6 +77,17 @@ impl Relay {
         })
     }
 
+    /// What its open files are, for people.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let folder = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        let targets = folder.into_iter().flatten().flatten();
+        let mut files: Vec<String> = targets
+            .filter_map(|file| Some(std::fs::read_link(file.path()).ok()?.display().to_string()))
+            .collect();
+        files.sort_unstable();
+        files
+    }
+
     /// What it has said so far.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
