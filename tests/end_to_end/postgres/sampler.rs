@@ -77,7 +77,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 async fn watch(options: &PgConnectOptions, application: &str, told: &Mutex<Seen>) {
     let mut connection = None;
     while !told.lock().unwrap().over {
-        let begin = Instant::now();
         connection = match connection {
             None => PgConnection::connect_with(options).await.ok(),
             Some(mut connection) => look(&mut connection, application, told)
@@ -85,13 +84,11 @@ async fn watch(options: &PgConnectOptions, application: &str, told: &Mutex<Seen>
                 .is_ok()
                 .then_some(connection),
         };
+        let begin = Instant::now();
         tokio::time::sleep(PAUSE).await;
-        // While the server is away it says nothing about the machine.
-        if connection.is_some() {
-            let delay = begin.elapsed().saturating_sub(PAUSE);
-            let mut seen = told.lock().unwrap();
-            seen.longest_delay = seen.longest_delay.max(delay);
-        }
+        let delay = begin.elapsed().saturating_sub(PAUSE);
+        let mut seen = told.lock().unwrap();
+        seen.longest_delay = seen.longest_delay.max(delay);
     }
 }
 

@@ -288,11 +288,9 @@ impl<D: Database> Stage<D> {
     }
 
     /// I7: no relay kept a transaction open while it did something else.
-    fn check_transactions(&self, living: usize) {
+    fn check_transactions(&self) {
         let (idle, after) = self.database.idle_in_transaction();
-        // One that was killed lets go when the system has come round to its end.
-        let killed = self.started.load(Ordering::Relaxed) > living;
-        if idle > if killed { MOST_DYING } else { MOST_IDLE } {
+        if idle > MOST_IDLE {
             let mut kept = self.kept.lock().unwrap();
             kept.push(format!(
                 "a relay kept a transaction open for {idle:?} and did nothing in it after: {after}"
@@ -314,15 +312,14 @@ impl<D: Database> Stage<D> {
 
     /// Ends the relays in order, reads everything and lets the oracle judge.
     pub(crate) fn judge(&self, title: &str, relays: Vec<Relay>, limits: Limits) -> Report {
-        let living = relays.len();
-        self.check_connections(living);
+        self.check_connections(relays.len());
         for relay in relays {
             let log = relay.log();
             let (status, _) = relay.terminate();
             assert!(status.success(), "a relay ended with {status}:\n{log}");
         }
         self.check_connections(0);
-        self.check_transactions(living);
+        self.check_transactions();
         // Those that were killed count as members until their time is over.
         until(Duration::from_secs(15), || {
             (self.ending() == Ending::default()).then_some(())
@@ -375,9 +372,6 @@ impl<D: Database> Drop for Stage<D> {
 
 /// For how long a transaction may stand open idle: a relay goes on at once, on a busy machine as well.
 const MOST_IDLE: Duration = Duration::from_millis(50);
-
-/// The same of one that was killed. It is far below the time for which a broker may be away.
-const MOST_DYING: Duration = Duration::from_secs(1);
 
 /// By how much a relay's memory may grow, in KiB, beside half of what it was: allocators keep some.
 const GROWTH: usize = 16 * 1024;
