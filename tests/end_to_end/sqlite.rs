@@ -24,8 +24,8 @@ impl Database for Sqlite {
     /// There is one writer at a time.
     const HOLD_EACH: usize = 500;
 
-    /// The two files of the connection for operators, which opens when the relay looks at the whole outbox first.
-    const CONNECTIONS: usize = 2;
+    /// It is a file.
+    const CONNECTIONS: usize = 0;
 
     fn make(folder: &Path, _: &Runtime) -> Self {
         let config = SqliteConfig::new(folder.join("app.db"));

@@ -257,7 +257,7 @@ impl<D: Database> Stage<D> {
             let resident = |usage: &Usage| usage.resident;
             let files = |usage: &Usage| usage.files;
             // A pool may have grown since.
-            let files_allowed = most(before, files).map(|files| files + D::CONNECTIONS);
+            let files_allowed = most(before, files).map(|files| files + D::CONNECTIONS + RETURNED_BROKER);
             let resident_allowed = most(before, resident).map(|resident| resident + resident / 2 + GROWTH);
             (most(&now, files) <= files_allowed && most(&now, resident) <= resident_allowed).then_some(())
         });
@@ -372,6 +372,10 @@ impl<D: Database> Drop for Stage<D> {
 
 /// For how long a transaction may stand open idle: a relay goes on at once, on a busy machine as well.
 const MOST_IDLE: Duration = Duration::from_millis(50);
+
+/// The ends of the pipe of one more thread that librdkafka keeps once a broker has come back: as many after nine kills as
+/// after three.
+const RETURNED_BROKER: usize = 2;
 
 /// By how much a relay's memory may grow, in KiB, beside half of what it was: allocators keep some.
 const GROWTH: usize = 16 * 1024;
