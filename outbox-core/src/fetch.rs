@@ -81,8 +81,8 @@ pub struct RecordRef {
 pub struct FetchRequest {
     /// The shards to read, with the epochs under which they are held.
     pub shards: Vec<OwnedShard>,
-    /// What was read and is not known to be settled.
-    pub in_flight: Vec<InFlight>,
+    /// What was read and is not known to be settled, in order.
+    pub in_flight: Vec<(Shard, Position)>,
     /// What waits.
     pub held: Arc<Held>,
     /// What was returned before, was not delivered, and is wanted again. Told once.
@@ -100,31 +100,9 @@ impl FetchRequest {
     #[must_use]
     pub fn admits(&self, shard: Shard, position: Position, topic: &Arc<str>, key: Option<&OrderKey>) -> bool {
         self.shards.iter().any(|owned| owned.shard == shard)
-            && !self
-                .in_flight
-                .iter()
-                .any(|flight| flight.shard == shard && flight.position == position)
+            && !self.in_flight.contains(&(shard, position))
             && !self.held.holds(shard, position, topic, key)
     }
-}
-
-/// A record that was read and is not known to be settled.
-///
-/// ```
-/// use outbox_core::{FetchRequest, InFlight, Position, Shard};
-///
-/// let flight = InFlight { shard: Shard(0), position: Position(7), key: None };
-/// let request = FetchRequest { in_flight: vec![flight], ..FetchRequest::default() };
-/// assert!(!request.admits(Shard(0), Position(7), &"orders".into(), None));
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InFlight {
-    /// Its shard.
-    pub shard: Shard,
-    /// Its position.
-    pub position: Position,
-    /// Its ordering domain.
-    pub key: Option<OrderKey>,
 }
 
 /// What must not be returned because its head waits.

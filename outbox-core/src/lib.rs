@@ -32,7 +32,7 @@ pub use dead::{DeadLetter, DeadLetterQuery, DeadLetters};
 pub use enqueue::Enqueue;
 pub use error::{Error, ErrorKind, Result};
 pub use explain::{Cause, Explained, Explanation, explain};
-pub use fetch::{FetchRequest, Fetched, Held, InFlight, Record, RecordRef, Reread, RereadScope};
+pub use fetch::{FetchRequest, Fetched, Held, Record, RecordRef, Reread, RereadScope};
 pub use headers::Headers;
 pub use hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState, Parking};
 pub use identifier::Identifier;

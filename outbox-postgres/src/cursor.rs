@@ -285,8 +285,8 @@ impl Cursor {
     fn go_back(&mut self, request: &FetchRequest) {
         // What is in flight was returned since, whatever else became of it.
         if !self.singles.is_empty() {
-            for flight in &request.in_flight {
-                self.singles.remove(&(flight.shard, flight.position.0));
+            for (shard, position) in &request.in_flight {
+                self.singles.remove(&(*shard, position.0));
             }
         }
         for reread in &request.reread {
@@ -403,13 +403,17 @@ impl Cursor {
                 .get(&shard)
                 .is_some_and(|progress| position > progress.position.min(lowest))
         };
-        let in_lane =
-            |key: Option<&OrderKey>| !lanes.is_empty() && lanes.iter().any(|lane| Some(&lane.key) == key);
+        let in_lane = |shard: Shard, position: i64| {
+            lanes
+                .iter()
+                .any(|lane| lane.shard == shard && position > lane.after.min(lowest) && position <= lane.upto)
+        };
         let flights = request
             .in_flight
             .iter()
-            .filter(|flight| scanned(flight.shard, flight.position.0) || in_lane(flight.key.as_ref()))
-            .map(|flight| flight.position.0);
+            .map(|(shard, position)| (*shard, position.0))
+            .filter(|(shard, position)| scanned(*shard, *position) || in_lane(*shard, *position))
+            .map(|(_, position)| position);
         let held = self
             .held
             .messages

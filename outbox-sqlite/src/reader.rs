@@ -80,8 +80,8 @@ impl Reader for SqliteReader {
             in_flight: request
                 .in_flight
                 .iter()
-                .filter(|flight| flight.shard == SHARD)
-                .map(|flight| flight.position.0)
+                .filter(|(shard, _)| *shard == SHARD)
+                .map(|(_, position)| position.0)
                 .collect(),
             barred: Arc::clone(&self.barred),
             reread: request

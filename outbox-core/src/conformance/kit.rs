@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::harness::{StoreHarness, TOPICS};
-use crate::fetch::{FetchRequest, Fetched, Held, InFlight, Record, Reread, RereadScope};
+use crate::fetch::{FetchRequest, Fetched, Held, Record, Reread, RereadScope};
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId};
 use crate::message::{Message, MessageId, OrderKey};
@@ -214,7 +214,7 @@ impl Relay {
     pub(super) fn request(&mut self, rows: usize) -> FetchRequest {
         FetchRequest {
             shards: self.owned.clone(),
-            in_flight: self.in_flight.iter().map(in_flight).collect(),
+            in_flight: self.in_flight.iter().map(place).collect(),
             held: Arc::new(self.held.clone()),
             reread: std::mem::take(&mut self.reread),
             max_rows: rows,
@@ -429,12 +429,8 @@ impl Plan {
     }
 }
 
-pub(super) fn in_flight(record: &Record) -> InFlight {
-    InFlight {
-        shard: record.shard,
-        position: record.position,
-        key: record.message.order_key(),
-    }
+pub(super) const fn place(record: &Record) -> (Shard, Position) {
+    (record.shard, record.position)
 }
 
 /// A hold on a record's key, or on the record itself when it has none.

@@ -18,11 +18,7 @@ pub(super) struct MemoryReader(pub(super) MemoryStore);
 impl Reader for MemoryReader {
     async fn fetch(&mut self, request: &FetchRequest) -> Result<Fetched> {
         let shards: HashSet<_> = request.shards.iter().map(|owned| owned.shard).collect();
-        let in_flight: HashSet<_> = request
-            .in_flight
-            .iter()
-            .map(|flight| (flight.shard, flight.position))
-            .collect();
+        let in_flight: HashSet<_> = request.in_flight.iter().copied().collect();
         let held = &request.held;
         let state = lock(&self.0.inner.state);
         let mut records = Vec::new();

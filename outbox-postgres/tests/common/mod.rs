@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outbox_core::{
-    FetchRequest, Fetched, Held, InFlight, LeaseRequest, Message, OutboxStore, OwnedShard, Reader, Record,
+    FetchRequest, Fetched, Held, LeaseRequest, Message, OutboxStore, OwnedShard, Position, Reader, Record,
     RelayId, Settlement, Shard, ShardSettlement,
 };
 use outbox_postgres::sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
@@ -198,14 +198,10 @@ pub(crate) fn request(owned: &[OwnedShard], max_rows: usize) -> FetchRequest {
     }
 }
 
-pub(crate) fn in_flight(records: &[Record]) -> Vec<InFlight> {
+pub(crate) fn in_flight(records: &[Record]) -> Vec<(Shard, Position)> {
     records
         .iter()
-        .map(|record| InFlight {
-            shard: record.shard,
-            position: record.position,
-            key: record.message.order_key(),
-        })
+        .map(|record| (record.shard, record.position))
         .collect()
 }
 

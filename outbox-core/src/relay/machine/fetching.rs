@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Command, Flight, KeyFlights, Machine, Note, SERIAL_WAITING, Stage};
+use super::{Command, Flight, Machine, Note, Queue, SERIAL_WAITING, Stage};
 use crate::error::Result;
-use crate::fetch::{FetchRequest, Fetched, Held, InFlight, Record, Reread, RereadScope};
+use crate::fetch::{FetchRequest, Fetched, Held, Record, Reread, RereadScope};
 use crate::scheduled::Promotion;
 use crate::shard::{OwnedShard, Position, Shard};
 
@@ -73,15 +73,6 @@ impl Machine {
                 });
             }
         }
-        let in_flight = self
-            .flights
-            .iter()
-            .map(|((shard, position), flight)| InFlight {
-                shard: *shard,
-                position: *position,
-                key: flight.key.clone(),
-            })
-            .collect();
         self.fetching.woken = false;
         self.fetching.nothing = false;
         self.fetching.asked = Some(Asked {
@@ -93,7 +84,7 @@ impl Machine {
         Some(Command::Fetch {
             request: Arc::new(FetchRequest {
                 shards,
-                in_flight,
+                in_flight: self.flights.keys().copied().collect(),
                 held: self.holds.held(),
                 reread,
                 max_rows: config.batch_rows.min(config.window_rows - self.flights.len()),
@@ -231,16 +222,16 @@ impl Machine {
         if self.holds.keep_out(shard, position, key.as_ref()) {
             return;
         }
-        let serial = self.is_serial();
-        let in_key = key
+        // Of its key, unless keys go one by one, nobody keeps count.
+        let queue = key.clone().filter(|_| self.is_serial()).map(|key| (shard, key));
+        let ahead = queue
             .as_ref()
-            .filter(|_| serial)
-            .map_or(0, |key| self.unresolved(shard, key));
-        if serial
-            && in_key > SERIAL_WAITING
-            && let Some(key) = &key
+            .and_then(|key| self.queues.get(key))
+            .map_or(0, |queue| queue.unresolved);
+        if let Some((shard, key)) = &queue
+            && ahead > SERIAL_WAITING
         {
-            self.holds.overflow(shard, key, position);
+            self.holds.overflow(*shard, key, position);
             return;
         }
         self.holds.taken(&topic, shard, position);
@@ -255,24 +246,21 @@ impl Machine {
             Flight {
                 record: record.reference(),
                 topic,
-                key: key.clone(),
+                key,
                 bytes,
                 attempts: record.attempts,
                 stage: Stage::Ready,
             },
         );
-        match key {
-            Some(key) => {
-                let state: &mut KeyFlights = self.keys.entry((shard, key)).or_default();
-                state.unresolved += 1;
-                if serial && in_key > 0 {
-                    state.waiting.push_back(record);
-                } else {
-                    self.publishing.ready.push_back(record);
-                }
+        if let Some(key) = queue {
+            let queue: &mut Queue = self.queues.entry(key).or_default();
+            queue.unresolved += 1;
+            if ahead > 0 {
+                queue.waiting.push_back(record);
+                return;
             }
-            None => self.publishing.ready.push_back(record),
         }
+        self.publishing.ready.push_back(record);
     }
 
     /// Sees to it that a dropped record is asked for again.

@@ -1,6 +1,6 @@
 //! What waits: keys and keyless messages, for a retry or an operator.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -347,13 +347,13 @@ impl Machine {
 
     /// Drops everything of a key that has not left for the sink. Its hold asks for it again.
     fn drop_key(&mut self, shard: Shard, key: &OrderKey) {
-        if self.unresolved(shard, key) == 0 {
+        if !self.unresolved(shard).any(|other| other == key) {
             return;
         }
         let waiting = self
-            .keys
+            .queues
             .get_mut(&(shard, key.clone()))
-            .map(|state| std::mem::take(&mut state.waiting));
+            .map(|queue| std::mem::take(&mut queue.waiting));
         for record in waiting.into_iter().flatten() {
             self.drop_flight(shard, record.position);
         }
@@ -414,15 +414,20 @@ impl Machine {
             .take_while(|(due, ..)| *due <= now)
             .cloned()
             .collect();
+        let shards: BTreeSet<Shard> = due.iter().map(|(_, shard, _)| *shard).collect();
+        let unresolved: HashSet<(Shard, OrderKey)> = shards
+            .into_iter()
+            .flat_map(|shard| self.unresolved(shard).map(move |key| (shard, key.clone())))
+            .collect();
         for (due, shard, scope) in due {
             let unresolved = match &scope {
-                Scope::Key(key) => self.unresolved(shard, key),
-                Scope::Message(_) => 0,
+                Scope::Key(key) => unresolved.contains(&(shard, key.clone())),
+                Scope::Message(_) => false,
             };
             let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) else {
                 continue;
             };
-            if unresolved > 0 || self.flights.contains_key(&(shard, entry.head.position)) {
+            if unresolved || self.flights.contains_key(&(shard, entry.head.position)) {
                 // The sink still has some of it, or the hold is not written yet and its head would not be read.
                 entry.state = State::Waiting { due: later };
                 self.holds.queue.remove(&(due, shard, scope.clone()));
@@ -452,7 +457,7 @@ impl Machine {
             .holds
             .overflows
             .keys()
-            .filter(|(shard, key)| self.unresolved(*shard, key) == 0)
+            .filter(|place| !self.queues.contains_key(place))
             .cloned()
             .collect();
         for (shard, key) in drained {

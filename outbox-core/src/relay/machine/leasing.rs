@@ -275,8 +275,8 @@ impl Machine {
                 if matches!(flight.stage, Stage::Sent(_)) {
                     self.publishing.purge_wanted = true;
                 }
-                if let Some(key) = flight.key {
-                    self.keys.remove(&(shard, key));
+                if let Some(key) = flight.key.filter(|_| !self.queues.is_empty()) {
+                    self.queues.remove(&(shard, key));
                 }
             }
         }

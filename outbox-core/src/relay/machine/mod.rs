@@ -80,8 +80,8 @@ pub(crate) struct Machine {
     holds: Holds,
     /// Everything in flight, by shard and position.
     flights: BTreeMap<(Shard, Position), Flight>,
-    /// Of each key in flight how many of its records are not resolved. Looked up, never walked.
-    keys: HashMap<(Shard, OrderKey), KeyFlights>,
+    /// In serial mode: the keys that have anything in flight. Looked up, never walked.
+    queues: HashMap<(Shard, OrderKey), Queue>,
     /// Bytes of all flights that are not resolved.
     bytes: usize,
     notes: Vec<Note>,
@@ -110,11 +110,12 @@ enum Stage {
     Resolved,
 }
 
+/// The records of a key that go one by one.
 #[derive(Debug, Default)]
-struct KeyFlights {
+struct Queue {
     /// How many are Ready or Sent.
     unresolved: usize,
-    /// In serial mode: read, and not to be handed over before the one before them is resolved.
+    /// Read, and not to be handed over before the one before them is resolved.
     waiting: VecDeque<Record>,
 }
 
@@ -134,7 +135,7 @@ impl Machine {
             settling: Settling::default(),
             holds: Holds::default(),
             flights: BTreeMap::new(),
-            keys: HashMap::new(),
+            queues: HashMap::new(),
             bytes: 0,
             notes: Vec::new(),
             stopping: false,
@@ -264,8 +265,10 @@ impl Machine {
         }
         flight.stage = Stage::Resolved;
         self.bytes = self.bytes.saturating_sub(flight.bytes);
-        if let Some(key) = flight.key.clone() {
-            self.leave_key(shard, key);
+        if !self.queues.is_empty()
+            && let Some(key) = flight.key.clone()
+        {
+            self.leave_queue(shard, key);
         }
     }
 
@@ -286,16 +289,16 @@ impl Machine {
         Some(flight)
     }
 
-    fn leave_key(&mut self, shard: Shard, key: OrderKey) {
-        let Entry::Occupied(mut entry) = self.keys.entry((shard, key)) else {
+    fn leave_queue(&mut self, shard: Shard, key: OrderKey) {
+        let Entry::Occupied(mut entry) = self.queues.entry((shard, key)) else {
             return;
         };
-        let state = entry.get_mut();
-        state.unresolved = state.unresolved.saturating_sub(1);
-        if state.unresolved > state.waiting.len() {
+        let queue = entry.get_mut();
+        queue.unresolved = queue.unresolved.saturating_sub(1);
+        if queue.unresolved > queue.waiting.len() {
             return;
         }
-        match state.waiting.pop_front() {
+        match queue.waiting.pop_front() {
             Some(next) => self.publishing.ready.push_back(next),
             None => {
                 let (key, _) = entry.remove_entry();
@@ -306,12 +309,11 @@ impl Machine {
         }
     }
 
-    fn unresolved(&self, shard: Shard, key: &OrderKey) -> usize {
-        if self.keys.is_empty() {
-            return 0;
-        }
-        self.keys
-            .get(&(shard, key.clone()))
-            .map_or(0, |state| state.unresolved)
+    /// Which keys of a shard have records that are not resolved. Asked only when something waits or fails.
+    fn unresolved(&self, shard: Shard) -> impl Iterator<Item = &OrderKey> {
+        self.flights
+            .range((shard, Position::MIN)..=(shard, Position::MAX))
+            .filter(|(_, flight)| flight.stage != Stage::Resolved)
+            .filter_map(|(_, flight)| flight.key.as_ref())
     }
 }

@@ -486,13 +486,16 @@ impl Machine {
     pub(super) fn drop_unsent(&mut self, places: &[(Shard, Position)]) {
         // First those that wait behind another of their key: dropping that one must not send them off.
         for (shard, position) in places {
+            if self.queues.is_empty() {
+                break;
+            }
             if let Some(key) = self
                 .flights
                 .get(&(*shard, *position))
                 .and_then(|flight| flight.key.clone())
-                && let Some(state) = self.keys.get_mut(&(*shard, key))
+                && let Some(queue) = self.queues.get_mut(&(*shard, key))
             {
-                state.waiting.retain(|record| record.position != *position);
+                queue.waiting.retain(|record| record.position != *position);
             }
         }
         for (shard, position) in places {

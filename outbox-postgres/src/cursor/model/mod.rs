@@ -15,9 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_core::{
-    Epoch, FetchRequest, Held, InFlight, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard,
-};
+use outbox_core::{Epoch, FetchRequest, Held, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard};
 
 use self::relay::{Relay, Stage};
 use self::server::{Database, Draft, Row};
@@ -553,7 +551,7 @@ impl World {
         let flying: BTreeSet<(Shard, i64)> = request
             .in_flight
             .iter()
-            .map(|flight| (flight.shard, flight.position.0))
+            .map(|(shard, position)| (*shard, position.0))
             .collect();
         let mut eligible: Vec<Row> = self
             .database
@@ -839,11 +837,7 @@ fn a_message_in_flight_is_not_asked_for() {
             shard: Shard(0),
             epoch: Epoch(1),
         }],
-        in_flight: vec![InFlight {
-            shard: place.0,
-            position: place.1,
-            key: None,
-        }],
+        in_flight: vec![place],
         held: Arc::new(Held {
             messages: [place].into(),
             ..Held::default()

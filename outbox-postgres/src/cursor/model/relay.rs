@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use outbox_core::{
-    Epoch, FetchRequest, Held, InFlight, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard,
-};
+use outbox_core::{Epoch, FetchRequest, Held, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard};
 
 use super::server::Row;
 
@@ -317,12 +315,8 @@ impl Relay {
         }
         let in_flight = self
             .flights
-            .iter()
-            .map(|((shard, position), flight)| InFlight {
-                shard: *shard,
-                position: Position(*position),
-                key: flight.key.map(|key| self.keys[key].clone()),
-            })
+            .keys()
+            .map(|(shard, position)| (*shard, Position(*position)))
             .collect();
         FetchRequest {
             shards,
