@@ -23,11 +23,36 @@ use crate::worker::Word;
 const PAUSE: Duration = Duration::from_millis(1);
 const COLUMNS: &str = "id, message_id::text, topic, key, payload";
 
-/// Claims a batch with `FOR UPDATE SKIP LOCKED`, sends all of it, waits for all, marks all with one statement, commits.
-///
-/// The lock lasts as long as the transaction, so that the claim itself writes nothing; and as with the relay, marks
-/// need not wait for the disk.
+/// Claims a batch by an `UPDATE` with `SKIP LOCKED`, sends all of it, waits for all, marks all with one `UPDATE`: as
+/// libraries do it that hold no transaction open while they wait for a broker.
 pub(crate) async fn batched(task: &Task, rows: i64, mut word: Word) -> Outcome<()> {
+    let (mut connection, queue) = open(task).await?;
+    let producer = producer(task, &[("linger.ms", "0")])?;
+    let (claim, mark) = (claim(&queue), mark(&queue));
+    word.begins().await?;
+    let ended = word.ends();
+    tokio::pin!(ended);
+    loop {
+        let batch = claimed(&mut connection, &claim, rows).await?;
+        if batch.is_empty() {
+            tokio::select! {
+                () = &mut ended => return Ok(()),
+                () = sleep(PAUSE) => continue,
+            }
+        }
+        send_all(&producer, &batch).await?;
+        query(AssertSqlSafe(mark.clone()))
+            .bind(ids(&batch)?)
+            .execute(&mut connection)
+            .await?;
+    }
+}
+
+/// Locks a batch with `FOR UPDATE SKIP LOCKED`, sends all of it, waits for all, marks all with one `UPDATE`, commits.
+///
+/// The fastest that is known of its kind: the lock lasts as long as the transaction, so that the claim itself writes
+/// nothing; and as with the relay, marks need not wait for the disk.
+pub(crate) async fn locked(task: &Task, rows: i64, mut word: Word) -> Outcome<()> {
     let (mut connection, queue) = open(task).await?;
     query("SET synchronous_commit = off")
         .execute(&mut connection)
@@ -36,7 +61,7 @@ pub(crate) async fn batched(task: &Task, rows: i64, mut word: Word) -> Outcome<(
     let claim = format!(
         "SELECT {COLUMNS} FROM {queue} WHERE processed_at IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED"
     );
-    let mark = format!("UPDATE {queue} SET processed_at = clock_timestamp() WHERE id = ANY($1)");
+    let mark = mark(&queue);
     word.begins().await?;
     let ended = word.ends();
     tokio::pin!(ended);
@@ -53,13 +78,7 @@ pub(crate) async fn batched(task: &Task, rows: i64, mut word: Word) -> Outcome<(
                 () = sleep(PAUSE) => continue,
             }
         }
-        let mut sent = Vec::with_capacity(batch.len());
-        for row in &batch {
-            sent.push(send(&producer, row)?);
-        }
-        for delivered in join_all(sent).await {
-            delivered?.map_err(|(error, _)| error)?;
-        }
+        send_all(&producer, &batch).await?;
         query(AssertSqlSafe(mark.clone()))
             .bind(ids(&batch)?)
             .execute(&mut *transaction)
@@ -106,28 +125,18 @@ pub(crate) async fn naive(task: &Task, rows: i64, mut word: Word) -> Outcome<()>
         }
     }
     let (mut connection, queue) = open(task).await?;
-    let claim = format!(
-        "UPDATE {queue} SET claimed_at = clock_timestamp() WHERE id IN (SELECT id FROM {queue} \
-         WHERE processed_at IS NULL AND (claimed_at IS NULL OR claimed_at < clock_timestamp() - interval '1 minute') \
-         ORDER BY id FOR UPDATE SKIP LOCKED LIMIT $1) RETURNING {COLUMNS}"
-    );
-    let mark = format!("UPDATE {queue} SET processed_at = clock_timestamp() WHERE id = ANY($1)");
+    let (claim, mark) = (claim(&queue), mark(&queue));
     word.begins().await?;
     let ended = word.ends();
     tokio::pin!(ended);
     loop {
-        let mut batch = query(AssertSqlSafe(claim.clone()))
-            .bind(rows)
-            .fetch_all(&mut connection)
-            .await?;
+        let batch = claimed(&mut connection, &claim, rows).await?;
         if batch.is_empty() {
             tokio::select! {
                 () = &mut ended => return Ok(()),
                 () = sleep(PAUSE) => continue,
             }
         }
-        // What RETURNING returns has no order.
-        batch.sort_by_key(|row| row.try_get::<i64, _>(0).unwrap_or_default());
         for row in &batch {
             send(&producer, row)?.await?.map_err(|(error, _)| error)?;
         }
@@ -136,6 +145,28 @@ pub(crate) async fn naive(task: &Task, rows: i64, mut word: Word) -> Outcome<()>
             .execute(&mut connection)
             .await?;
     }
+}
+
+fn claim(queue: &str) -> String {
+    format!(
+        "UPDATE {queue} SET claimed_at = clock_timestamp() WHERE id IN (SELECT id FROM {queue} \
+         WHERE processed_at IS NULL AND (claimed_at IS NULL OR claimed_at < clock_timestamp() - interval '1 minute') \
+         ORDER BY id FOR UPDATE SKIP LOCKED LIMIT $1) RETURNING {COLUMNS}"
+    )
+}
+
+fn mark(queue: &str) -> String {
+    format!("UPDATE {queue} SET processed_at = clock_timestamp() WHERE id = ANY($1)")
+}
+
+async fn claimed(connection: &mut PgConnection, claim: &str, rows: i64) -> Outcome<Vec<PgRow>> {
+    let mut batch = query(AssertSqlSafe(claim.to_owned()))
+        .bind(rows)
+        .fetch_all(connection)
+        .await?;
+    // What RETURNING returns has no order.
+    batch.sort_by_key(|row| row.try_get::<i64, _>(0).unwrap_or_default());
+    Ok(batch)
 }
 
 async fn open(task: &Task) -> Outcome<(PgConnection, String)> {
@@ -161,6 +192,17 @@ fn producer(task: &Task, options: &[(&str, &str)]) -> Outcome<FutureProducer> {
         config.set(*name, *value);
     }
     Ok(config.create()?)
+}
+
+async fn send_all(producer: &FutureProducer, batch: &[PgRow]) -> Outcome<()> {
+    let mut sent = Vec::with_capacity(batch.len());
+    for row in batch {
+        sent.push(send(producer, row)?);
+    }
+    for delivered in join_all(sent).await {
+        delivered?.map_err(|(error, _)| error)?;
+    }
+    Ok(())
 }
 
 fn send(producer: &FutureProducer, row: &PgRow) -> Outcome<outbox::kafka::rdkafka::producer::DeliveryFuture> {

@@ -23,6 +23,8 @@ pub(crate) enum System {
     Outbox,
     /// Claims so many rows, sends all, waits for all, marks all.
     Batched(i64),
+    /// Keeps so many rows locked while it sends all and waits for all, then marks all.
+    Locked(i64),
     /// Claims so many rows, and sends one after the other.
     Naive(i64),
 }
@@ -32,6 +34,7 @@ impl System {
         match self {
             Self::Outbox => "outbox",
             Self::Batched(_) => "batched",
+            Self::Locked(_) => "locked",
             Self::Naive(_) => "naive",
         }
     }

@@ -88,7 +88,7 @@ impl Machine {
 pub(crate) struct Finding {
     pub(crate) workload: String,
     pub(crate) store: String,
-    /// `outbox`, or a baseline: `batched`, `naive`.
+    /// `outbox`, or a baseline: `batched`, `locked`, `naive`.
     pub(crate) system: String,
     /// What the workload varies; empty where it varies nothing.
     pub(crate) case: String,

@@ -24,6 +24,7 @@ pub(crate) async fn run() -> Outcome<()> {
             relay.run(word.ends()).await?;
         }
         System::Batched(rows) => baseline::batched(&task, rows, word).await?,
+        System::Locked(rows) => baseline::locked(&task, rows, word).await?,
         System::Naive(rows) => baseline::naive(&task, rows, word).await?,
     }
     println!("{}", serde_json::to_string(&Usage::of("self")?)?);

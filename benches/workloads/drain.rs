@@ -15,7 +15,8 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
     let systems = match bench.server.store {
         Store::Postgres => vec![
             System::Outbox,
-            System::Batched(tune(bench).await?),
+            System::Batched(tune(bench, System::Batched).await?),
+            System::Locked(tune(bench, System::Locked).await?),
             System::Naive(NAIVE),
         ],
         Store::Sqlite => vec![System::Outbox, System::Naive(1)],
@@ -60,25 +61,25 @@ const fn subject(system: System) -> Subject<'static> {
     }
 }
 
-/// The batch with which the batched baseline is fastest here.
-async fn tune(bench: &mut Bench) -> Outcome<i64> {
+/// The batch with which a baseline is fastest here.
+async fn tune(bench: &mut Bench, system: fn(i64) -> System) -> Outcome<i64> {
     let messages = bench.size(30_000, 4_000);
     let mut best = (0.0, 500);
     for rows in [100, 500, 1_000, 2_000] {
         let case = format!("tuning, batch {rows}");
         let subject = Subject {
             case: &case,
-            ..subject(System::Batched(rows))
+            ..subject(system(rows))
         };
-        if let Some(drained) = drain(bench, subject, FLOW, messages, System::Batched(rows)).await?
+        if let Some(drained) = drain(bench, subject, FLOW, messages, system(rows)).await?
             && drained.rate > best.0
         {
             best = (drained.rate, rows);
         }
     }
-    say(&format!("the baseline claims {} rows", best.1));
+    say(&format!("{} takes {} rows at a time", system(0).name(), best.1));
     bench.record(
-        subject(System::Batched(best.1)),
+        subject(system(best.1)),
         "best batch",
         "rows",
         count(best.1.unsigned_abs()),
