@@ -37,10 +37,11 @@ pub struct RelayConfig {
     /// Most records in one settlement: short transactions leave room for producers. What belongs to a failure stays
     /// together even beyond that. Default: 1,000.
     pub settle_rows: usize,
-    /// The pause after a read that found nothing, at first. Default: 1 ms.
+    /// The pause after a read that left nothing: a longer one gathers more in a batch, which costs everybody less and the
+    /// first of them time. Default: 1 ms.
     #[serde(with = "human")]
     pub poll_busy: Duration,
-    /// The same after a while of finding nothing. Default: 50 ms.
+    /// Up to what that pause grows while nothing is found. Default: 50 ms.
     #[serde(with = "human")]
     pub poll_idle: Duration,
     /// What happens to a message that cannot be delivered. Default: dead letter, and its key goes on.
