@@ -71,6 +71,11 @@ struct Options {
     postgres: Option<String>,
     #[arg(long, env = "OUTBOX_TEST_KAFKA", hide = true)]
     kafka: Option<String>,
+    /// Files with the ids of the servers' processes, when they run on this machine.
+    #[arg(long, env = "OUTBOX_TEST_POSTGRES_PID", hide = true)]
+    postgres_pid: Option<PathBuf>,
+    #[arg(long, env = "OUTBOX_TEST_KAFKA_PID", hide = true)]
+    kafka_pid: Option<PathBuf>,
     /// Passed by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
@@ -118,6 +123,14 @@ async fn run(options: Options) -> Outcome<()> {
             .iter()
             .flat_map(|under| under.split_whitespace().map(str::to_owned))
             .collect(),
+        servers: [
+            ("database", &options.postgres_pid),
+            ("broker", &options.kafka_pid),
+        ]
+        .into_iter()
+        .filter_map(|(name, file)| Some((name, file.as_ref()?)))
+        .map(|(name, file)| Ok((name, std::fs::read_to_string(file)?.trim().to_owned())))
+        .collect::<Outcome<_>>()?,
         quick: options.quick,
         run: machine.run.clone(),
         samples: Vec::new(),

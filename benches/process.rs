@@ -49,6 +49,56 @@ pub(crate) struct Task {
     pub(crate) relay: RelayConfig,
 }
 
+/// The CPU time that a server has taken so far: its own, and that of its children, ended and alive.
+pub(crate) fn of_server(process: &str) -> Outcome<Duration> {
+    let [user, system, ended_user, ended_system] = ticks(process)?;
+    let mut all = user + system + ended_user + ended_system;
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"))?;
+    for child in children.split_whitespace() {
+        // One that has ended meanwhile is among its parent's next time.
+        let [user, system, ..] = ticks(child).unwrap_or_default();
+        all += user + system;
+    }
+    Ok(TICK * all)
+}
+
+/// The CPU time that all processes of this machine have taken so far.
+pub(crate) fn of_machine() -> Outcome<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let line = stat.lines().next().unwrap_or_default();
+    let fields: Vec<u32> = line
+        .split_whitespace()
+        .skip(1)
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    // Idle, and idle while a disk is waited for, are the fourth and the fifth; time for guests is told twice.
+    let busy = fields.iter().take(8).enumerate();
+    Ok(TICK
+        * busy
+            .filter(|(at, _)| !matches!(at, 3 | 4))
+            .map(|(_, ticks)| ticks)
+            .sum::<u32>())
+}
+
+/// Linux counts a hundred ticks a second for user space, whatever its own rate.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Of a process: in user space and in the kernel, and the same of its children that have ended.
+fn ticks(process: &str) -> Outcome<[u32; 4]> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // They are the fields from the 14th on; after the name, which may contain anything but a closing parenthesis.
+    let fields: Vec<u32> = stat
+        .rsplit(')')
+        .next()
+        .into_iter()
+        .flat_map(|rest| rest.split_whitespace().skip(11).take(4))
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    fields
+        .try_into()
+        .map_err(|_| format!("/proc/{process}/stat is cut off").into())
+}
+
 /// What a process has used so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(crate) struct Usage {
@@ -62,15 +112,7 @@ pub(crate) struct Usage {
 impl Usage {
     /// Of a process by its id, or of `self`.
     pub(crate) fn of(process: &str) -> Outcome<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
-        // After the name, which may contain anything but a closing parenthesis: utime and stime are fields 14 and 15.
-        let ticks: u64 = stat
-            .rsplit(')')
-            .next()
-            .into_iter()
-            .flat_map(|rest| rest.split_whitespace().skip(11).take(2))
-            .map(str::parse::<u64>)
-            .sum::<Result<_, _>>()?;
+        let [user, system, ..] = ticks(process)?;
         let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
         let bytes = |name: &str| -> Outcome<u64> {
             let line = status
@@ -85,8 +127,7 @@ impl Usage {
             Ok(kib * 1024)
         };
         Ok(Self {
-            // Linux counts a hundred ticks a second for user space, whatever its own rate.
-            cpu: Duration::from_millis(ticks * 10),
+            cpu: TICK * (user + system),
             peak: bytes("VmHWM:")?,
             resident: bytes("VmRSS:")?,
         })

@@ -8,7 +8,7 @@ use outbox::RelayConfig;
 use crate::kafka::Topic;
 use crate::ledger::{Flow, Ledger};
 use crate::place::{Place, QUEUE, Server};
-use crate::process::{System, Task, Usage, Worker};
+use crate::process::{System, Task, Usage, Worker, of_machine, of_server};
 use crate::results::{Finding, Outcome};
 
 /// So long nothing arrives before a measurement is given up.
@@ -25,6 +25,8 @@ pub(crate) struct Bench {
     pub(crate) relay: RelayConfig,
     /// The command, if any, that runs what moves the messages.
     pub(crate) under: Vec<String>,
+    /// The servers that run on this machine, by their processes' ids.
+    pub(crate) servers: Vec<(&'static str, String)>,
     pub(crate) quick: bool,
     pub(crate) run: String,
     pub(crate) samples: Vec<Samples>,
@@ -73,6 +75,12 @@ impl Bench {
                 values: vec![value],
             }),
         }
+    }
+
+    /// The CPU time so far of each server, and of the whole machine.
+    fn elsewhere(&self) -> Outcome<Vec<(&'static str, Duration)>> {
+        let servers = self.servers.iter().map(|(name, id)| Ok((*name, of_server(id)?)));
+        servers.chain([Ok(("machine", of_machine()?))]).collect()
     }
 
     /// Whether what arrived is what had to; if not, the measurement does not count, and the run fails.
@@ -233,7 +241,7 @@ impl Stage {
 }
 
 /// One drain of a backlog.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Drained {
     /// Messages a second.
     pub(crate) rate: f64,
@@ -241,6 +249,8 @@ pub(crate) struct Drained {
     pub(crate) cost: f64,
     /// Most MiB that were resident.
     pub(crate) peak: f64,
+    /// Microseconds of CPU for a message, of each server and of the whole machine, until the last message's arrival.
+    pub(crate) elsewhere: Vec<(&'static str, f64)>,
 }
 
 /// Drains a fresh backlog, from the word to begin to the last message's arrival; none when it does not count.
@@ -256,8 +266,12 @@ pub(crate) async fn drain(
     stage.place.calm().await?;
     let mut worker = stage.worker(bench, system).await?;
     let before = worker.usage()?;
+    let elsewhere = bench.elsewhere()?;
     let start = worker.go().await?;
     let end = stage.until(messages, None, &mut worker).await?;
+    let elsewhere = std::iter::zip(elsewhere, bench.elsewhere()?)
+        .map(|((name, before), (_, after))| (name, cost(after.saturating_sub(before), messages)))
+        .collect();
     // Read at the very end: what is settled after the last message's arrival is paid as well.
     let used = worker.stop().await?;
     let verdict = stage.verify(0, messages, 0).await?;
@@ -266,6 +280,7 @@ pub(crate) async fn drain(
         rate: count(messages) / (end.at - start).as_secs_f64(),
         cost: cost(used.cpu.saturating_sub(before.cpu), messages),
         peak: mebibytes(used.peak),
+        elsewhere,
     };
     if !bench.counts(subject, verdict) {
         return Ok(None);

@@ -34,9 +34,17 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
             let Some(drained) = drain(bench, subject, FLOW, messages, system).await? else {
                 continue;
             };
-            let Drained { rate, cost, peak } = drained;
+            let Drained {
+                rate,
+                cost,
+                peak,
+                elsewhere,
+            } = drained;
             bench.record(subject, "rate", "messages/s", rate);
             bench.record(subject, "CPU", "µs/message", cost);
+            for (name, cost) in elsewhere {
+                bench.record(subject, &format!("CPU of the {name}"), "µs/message", cost);
+            }
             bench.record(subject, "peak memory", "MiB", peak);
             match system {
                 System::Outbox => outbox = Some(rate),
