@@ -43,8 +43,9 @@ install_needed() {
     say "installing ${missing[*]}"
     # One broken source of many is no reason to give up: what is needed may come from the others.
     quietly "${as_root[@]}" apt-get update || say "apt-get update failed, trying with the lists that are there"
+    # What is in the way, MySQL where MariaDB is wanted for example, is the user's and stays.
     quietly "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y --no-install-recommends "${missing[@]}"
+        apt-get install -y --no-install-recommends --no-remove "${missing[@]}"
     missing=()
 }
 
