@@ -58,6 +58,29 @@ impl Place {
         self.control.execute(safe(text)).await.unwrap();
     }
 
+    /// Owns all shards; says so as the first arguments of a settlement.
+    async fn fence(&mut self) -> String {
+        let leases = format!("\"{}\".\"{}_lease\"", self.config.schema, self.config.prefix);
+        let text = format!("UPDATE {leases} SET owner = 'relay', epoch = 1, until = 'infinity'");
+        self.control.execute(safe(text)).await.unwrap();
+        let list = |value: &str| format!("'{{{}}}'", vec![value; 64].join(","));
+        let shards: Vec<String> = (0..64).map(|shard| shard.to_string()).collect();
+        format!("'{{{}}}', {}, 'relay'", shards.join(","), list("1"))
+    }
+
+    /// The names of 500 messages, as further arguments.
+    async fn named(&mut self) -> String {
+        let text = format!(
+            "SELECT format('%L, %L, %L', array_agg(shard), array_agg(id), array_agg(message_id)) FROM \
+             (SELECT * FROM {} ORDER BY shard, id LIMIT 500) o",
+            crate::sql::table(&self.config)
+        );
+        sqlx::query_scalar(safe(text))
+            .fetch_one(&mut self.control)
+            .await
+            .unwrap()
+    }
+
     async fn gone(mut self) {
         let text = format!("DROP SCHEMA \"{}\" CASCADE", self.config.schema);
         self.control.execute(safe(text)).await.unwrap();
@@ -196,12 +219,7 @@ async fn settling_costs_what_it_settles() {
     let mut early = place
         .prepared(Settings::settling(&place.config), &place.sql.deliver)
         .await;
-    let leases = format!("\"{}\".\"{}_lease\"", place.config.schema, place.config.prefix);
-    let text = format!("UPDATE {leases} SET owner = 'relay', epoch = 1, until = 'infinity'");
-    place.control.execute(safe(text)).await.unwrap();
-    let list = |value: &str| format!("'{{{}}}'", vec![value; 64].join(","));
-    let shards: Vec<String> = (0..64).map(|shard| shard.to_string()).collect();
-    let fence = format!("'{{{}}}', {}, 'relay'", shards.join(","), list("1"));
+    let fence = place.fence().await;
     for _ in 0..7 {
         explain(&mut early, &format!("{fence}, '{{}}', '{{}}', '{{}}'"))
             .await
@@ -213,15 +231,7 @@ async fn settling_costs_what_it_settles() {
         let mut late = place
             .prepared(Settings::settling(&place.config), &place.sql.deliver)
             .await;
-        let text = format!(
-            "SELECT format('%L, %L, %L', array_agg(shard), array_agg(id), array_agg(message_id)) FROM \
-             (SELECT * FROM {} ORDER BY shard, id LIMIT 500) o",
-            crate::sql::table(&place.config)
-        );
-        let named: String = sqlx::query_scalar(safe(text))
-            .fetch_one(&mut place.control)
-            .await
-            .unwrap();
+        let named = place.named().await;
         for connection in [&mut early, &mut late] {
             let carried = explain(connection, &format!("{fence}, {named}")).await;
             carried.is_by_key();
@@ -230,5 +240,39 @@ async fn settling_costs_what_it_settles() {
     }
     // A level more of the index for each row, and its page written.
     assert!(buffers[2].max(buffers[3]) <= 3 * buffers[0], "{buffers:?}");
+    place.gone().await;
+}
+
+/// As it mostly is: the relay keeps it empty, and the server, which counts rows now and then, takes it for one that stays
+/// empty. Then a broker is away, and it is not.
+#[tokio::test]
+async fn a_table_that_was_analysed_while_it_was_empty_is_used_by_key() {
+    let mut place = Place::new().await;
+    let fence = place.fence().await;
+    place.fill(LARGE / 10).await;
+    for text in ["DELETE FROM", "VACUUM (ANALYZE)"] {
+        let text = format!("{text} {}", crate::sql::table(&place.config));
+        place.control.execute(safe(text)).await.unwrap();
+    }
+    let mut reader = place
+        .prepared(Settings::reading(&place.config), &place.sql.fetch)
+        .await;
+    let mut settler = place
+        .prepared(Settings::settling(&place.config), &place.sql.deliver)
+        .await;
+    place.fill(LARGE / 10).await;
+    let named = place.named().await;
+    // The server plans anew for the first five, and then keeps a plan.
+    for _ in 0..7 {
+        let fetched = explain(&mut reader, &asking(i64::MIN, 64, i64::MIN, 8)).await;
+        fetched.is_by_key();
+        assert_eq!(fetched.rows, 64 * 8 + 1);
+        let settled = explain(&mut settler, &format!("{fence}, {named}")).await;
+        settled.is_by_key();
+        assert!(settled.buffers <= 500 * 12, "{}", settled.text);
+        for Carried { text, .. } in [fetched, settled] {
+            assert!(!text.contains("Removed by Join Filter"), "{text}");
+        }
+    }
     place.gone().await;
 }

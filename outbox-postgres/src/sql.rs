@@ -334,10 +334,26 @@ impl Sql {
              JOIN unnest($1::smallint[], $2::bigint[]) u(shard, epoch) ON l.shard = u.shard AND l.epoch = u.epoch \
              WHERE l.owner = $3 AND l.until > clock_timestamp() ORDER BY l.shard FOR SHARE OF l)"
         );
-        let named = "unnest($4::smallint[], $5::bigint[], $6::uuid[]) u(shard, id, message_id)";
-        let matched = "o.shard = u.shard AND o.id = u.id AND o.message_id = u.message_id";
+        // The places of rows that are named in `u`, each looked up by the primary key whatever is known of the table: one
+        // that was analysed while it was empty, as it mostly is, is taken for one that stays empty, and a join that may
+        // begin with the table would compare every row with every name. OFFSET 0 makes the subquery a fence. A row is
+        // never updated, so that its place stays its own while the statement's snapshot can see it.
+        let found = |names: &str| {
+            format!(
+                "{names} CROSS JOIN LATERAL (SELECT o.ctid AS place, o.message_id AS id_there FROM {outbox} o \
+                 WHERE o.shard = u.shard AND o.id = u.id OFFSET 0) f WHERE f.id_there = u.message_id"
+            )
+        };
         // Of what is named, that whose shard is held.
         let ours = "u.shard = ANY (ARRAY(SELECT shard FROM held))";
+        let delivered = format!(
+            "o.ctid = ANY (ARRAY(SELECT f.place FROM {} AND {ours}))",
+            found("unnest($4::smallint[], $5::bigint[], $6::uuid[]) u(shard, id, message_id)")
+        );
+        let given_up = found(
+            "unnest($7::smallint[], $8::bigint[], $9::uuid[], $10::bigint[], $11::text[]) \
+             u(shard, id, message_id, attempts, reason)",
+        );
         let archived = if config.archive {
             format!(
                 "kept AS (INSERT INTO {processed} (position, {MESSAGE}, key_seq) \
@@ -423,16 +439,15 @@ impl Sql {
 
             holds: statement(format!("SELECT {hold_columns} FROM {hold} WHERE shard = ANY($1)")),
             deliver: statement(format!(
-                "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} AND {ours}) \
+                "WITH {held}, gone AS (DELETE FROM {outbox} o WHERE {delivered}) \
                  SELECT shard FROM held"
             )),
             settle: statement(format!(
-                "WITH {held}, gone AS (DELETE FROM {outbox} o USING {named} WHERE {matched} AND {ours} RETURNING o.*), \
+                "WITH {held}, gone AS (DELETE FROM {outbox} o WHERE {delivered} RETURNING o.*), \
                  {archived}\
-                 dying AS (DELETE FROM {outbox} o USING \
-                     unnest($7::smallint[], $8::bigint[], $9::uuid[], $10::bigint[], $11::text[]) \
-                     u(shard, id, message_id, attempts, reason) \
-                     WHERE {matched} AND {ours} RETURNING o.*, u.attempts, u.reason), \
+                 doomed AS MATERIALIZED (SELECT f.place, u.attempts, u.reason FROM {given_up} AND {ours}), \
+                 dying AS (DELETE FROM {outbox} o USING doomed d WHERE o.ctid = ANY (ARRAY(SELECT place FROM doomed)) \
+                     AND o.ctid = d.place RETURNING o.*, d.attempts, d.reason), \
                  buried AS ({bury}), \
                  cleared AS (DELETE FROM {hold} h USING \
                      unnest($12::smallint[], $13::text[], $14::text[], $15::bytea[], $16::bigint[]) \
@@ -498,12 +513,12 @@ impl Sql {
             promote: statement({
                 let (with, insert) = insert(
                     &format!(
-                        "{held}, due AS MATERIALIZED (SELECT s.shard, s.deliver_at, s.id FROM held u \
-                             CROSS JOIN LATERAL (SELECT s.shard, s.deliver_at, s.id FROM {scheduled} s \
+                        "{held}, due AS MATERIALIZED (SELECT s.place FROM held u \
+                             CROSS JOIN LATERAL (SELECT s.ctid AS place, s.deliver_at, s.id FROM {scheduled} s \
                              WHERE s.shard = u.shard AND s.deliver_at <= statement_timestamp() \
                              ORDER BY s.deliver_at, s.id LIMIT $4) s ORDER BY s.deliver_at, s.id LIMIT $4), \
-                         gone AS (DELETE FROM {scheduled} s USING due WHERE s.shard = due.shard \
-                             AND s.deliver_at = due.deliver_at AND s.id = due.id RETURNING s.*), \
+                         gone AS (DELETE FROM {scheduled} s WHERE s.ctid = ANY (ARRAY(SELECT place FROM due)) \
+                             RETURNING s.*), \
                          fresh AS MATERIALIZED (SELECT *, row_number() OVER (ORDER BY deliver_at, id) AS n FROM gone)"
                     ),
                     "",
@@ -608,9 +623,9 @@ fn fetch(outbox: &str, sequence: &str) -> String {
          SELECT 0::int, 0::bigint, 0::smallint, last, {none}, \
              concat_ws('|', snapshot, low, ahead, reads_only, standby), started, NULL::timestamptz, NULL::bigint FROM server \
          UNION ALL \
-         SELECT 1, 0, o.shard, o.id, {READ} FROM unnest($5::smallint[], $6::bigint[]) u(shard, id) \
-             JOIN {outbox} o ON o.shard = u.shard AND o.id = u.id \
-             WHERE o.topic NOT IN (SELECT unnest($7::text[])) \
+         SELECT 1, 0, o.* FROM unnest($5::smallint[], $6::bigint[]) u(shard, id) CROSS JOIN LATERAL \
+             (SELECT o.shard, o.id, {READ} FROM {outbox} o WHERE o.shard = u.shard AND o.id = u.id \
+                 AND o.topic NOT IN (SELECT unnest($7::text[])) OFFSET 0) o \
          UNION ALL \
          SELECT 2, u.n, o.* FROM server CROSS JOIN \
              unnest($10::smallint[], $11::text[], $12::bytea[], $13::bigint[], $14::bigint[], $15::bigint[]) \
