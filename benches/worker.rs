@@ -10,6 +10,11 @@ use crate::results::Outcome;
 
 /// Does what standard input says, until that ends; then tells what it took.
 pub(crate) async fn run() -> Outcome<()> {
+    // What it warns of disturbs what is measured.
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .init();
     let mut input = BufReader::new(tokio::io::stdin()).lines();
     let task: Task = serde_json::from_str(&input.next_line().await?.ok_or("there is no task")?)?;
     let mut word = Word(input);
