@@ -25,27 +25,9 @@ const COLUMNS: &str = "id, message_id::text, topic, key, payload";
 
 /// Claims a batch by an `UPDATE` with `SKIP LOCKED`, sends all of it, waits for all, marks all with one `UPDATE`: as
 /// libraries do it that hold no transaction open while they wait for a broker.
-pub(crate) async fn batched(task: &Task, rows: i64, mut word: Word) -> Outcome<()> {
-    let (mut connection, queue) = open(task).await?;
+pub(crate) async fn batched(task: &Task, rows: i64, word: Word) -> Outcome<()> {
     let producer = producer(task, &[("linger.ms", "0")])?;
-    let (claim, mark) = (claim(&queue), mark(&queue));
-    word.begins().await?;
-    let ended = word.ends();
-    tokio::pin!(ended);
-    loop {
-        let batch = claimed(&mut connection, &claim, rows).await?;
-        if batch.is_empty() {
-            tokio::select! {
-                () = &mut ended => return Ok(()),
-                () = sleep(PAUSE) => continue,
-            }
-        }
-        send_all(&producer, &batch).await?;
-        query(AssertSqlSafe(mark.clone()))
-            .bind(ids(&batch)?)
-            .execute(&mut connection)
-            .await?;
-    }
+    claiming(task, rows, word, async |batch| send_all(&producer, batch).await).await
 }
 
 /// Locks a batch with `FOR UPDATE SKIP LOCKED`, sends all of it, waits for all, marks all with one `UPDATE`, commits.
@@ -124,22 +106,41 @@ pub(crate) async fn naive(task: &Task, rows: i64, mut word: Word) -> Outcome<()>
                 .execute(params![id])?;
         }
     }
+    claiming(task, rows, word, async |batch| {
+        for row in batch {
+            send(&producer, row)?.await?.map_err(|(error, _)| error)?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Claims a batch, lets it be sent, marks it.
+async fn claiming(
+    task: &Task,
+    rows: i64,
+    mut word: Word,
+    send: impl AsyncFn(&[PgRow]) -> Outcome<()>,
+) -> Outcome<()> {
     let (mut connection, queue) = open(task).await?;
     let (claim, mark) = (claim(&queue), mark(&queue));
     word.begins().await?;
     let ended = word.ends();
     tokio::pin!(ended);
     loop {
-        let batch = claimed(&mut connection, &claim, rows).await?;
+        let mut batch = query(AssertSqlSafe(claim.clone()))
+            .bind(rows)
+            .fetch_all(&mut connection)
+            .await?;
         if batch.is_empty() {
             tokio::select! {
                 () = &mut ended => return Ok(()),
                 () = sleep(PAUSE) => continue,
             }
         }
-        for row in &batch {
-            send(&producer, row)?.await?.map_err(|(error, _)| error)?;
-        }
+        // What RETURNING returns has no order.
+        batch.sort_by_key(|row| row.try_get::<i64, _>(0).unwrap_or_default());
+        send(&batch).await?;
         query(AssertSqlSafe(mark.clone()))
             .bind(ids(&batch)?)
             .execute(&mut connection)
@@ -157,16 +158,6 @@ fn claim(queue: &str) -> String {
 
 fn mark(queue: &str) -> String {
     format!("UPDATE {queue} SET processed_at = clock_timestamp() WHERE id = ANY($1)")
-}
-
-async fn claimed(connection: &mut PgConnection, claim: &str, rows: i64) -> Outcome<Vec<PgRow>> {
-    let mut batch = query(AssertSqlSafe(claim.to_owned()))
-        .bind(rows)
-        .fetch_all(connection)
-        .await?;
-    // What RETURNING returns has no order.
-    batch.sort_by_key(|row| row.try_get::<i64, _>(0).unwrap_or_default());
-    Ok(batch)
 }
 
 async fn open(task: &Task) -> Outcome<(PgConnection, String)> {

@@ -59,35 +59,34 @@ pub(crate) fn of_server(process: &str) -> Outcome<Duration> {
         let [user, system, ..] = ticks(child).unwrap_or_default();
         all += user + system;
     }
-    Ok(TICK * all)
+    Ok(time(all))
 }
 
 /// The CPU time that all processes of this machine have taken so far.
 pub(crate) fn of_machine() -> Outcome<Duration> {
     let stat = std::fs::read_to_string("/proc/stat")?;
     let line = stat.lines().next().unwrap_or_default();
-    let fields: Vec<u32> = line
+    let fields: Vec<u64> = line
         .split_whitespace()
         .skip(1)
         .map(str::parse)
         .collect::<Result<_, _>>()?;
     // Idle, and idle while a disk is waited for, are the fourth and the fifth; time for guests is told twice.
     let busy = fields.iter().take(8).enumerate();
-    Ok(TICK
-        * busy
-            .filter(|(at, _)| !matches!(at, 3 | 4))
-            .map(|(_, ticks)| ticks)
-            .sum::<u32>())
+    let busy = busy.filter(|(at, _)| !matches!(at, 3 | 4));
+    Ok(time(busy.map(|(_, ticks)| ticks).sum()))
 }
 
 /// Linux counts a hundred ticks a second for user space, whatever its own rate.
-const TICK: Duration = Duration::from_millis(10);
+const fn time(ticks: u64) -> Duration {
+    Duration::from_millis(ticks * 10)
+}
 
 /// Of a process: in user space and in the kernel, and the same of its children that have ended.
-fn ticks(process: &str) -> Outcome<[u32; 4]> {
+fn ticks(process: &str) -> Outcome<[u64; 4]> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     // They are the fields from the 14th on; after the name, which may contain anything but a closing parenthesis.
-    let fields: Vec<u32> = stat
+    let fields: Vec<u64> = stat
         .rsplit(')')
         .next()
         .into_iter()
@@ -127,7 +126,7 @@ impl Usage {
             Ok(kib * 1024)
         };
         Ok(Self {
-            cpu: TICK * (user + system),
+            cpu: time(user + system),
             peak: bytes("VmHWM:")?,
             resident: bytes("VmRSS:")?,
         })

@@ -81,7 +81,7 @@ pub struct RecordRef {
 pub struct FetchRequest {
     /// The shards to read, with the epochs under which they are held.
     pub shards: Vec<OwnedShard>,
-    /// What was read and is not known to be settled, in order.
+    /// What was read and is not known to be settled.
     pub in_flight: Vec<(Shard, Position)>,
     /// What waits.
     pub held: Arc<Held>,

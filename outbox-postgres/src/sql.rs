@@ -564,7 +564,8 @@ impl Sql {
                      count(*) < $3 AND coalesce(max(line), 0) < $2 AS complete FROM seen) \
                  SELECT t.matching, t.complete, m.line - 1, o.shard, o.id, {READ} FROM told t \
                  LEFT JOIN LATERAL (SELECT * FROM seen WHERE matches ORDER BY id LIMIT $7) m ON true \
-                 LEFT JOIN {outbox} o ON o.shard = m.shard AND o.id = m.id ORDER BY o.id"
+                 LEFT JOIN LATERAL (SELECT * FROM {outbox} o WHERE o.shard = m.shard AND o.id = m.id OFFSET 0) o ON true \
+                 ORDER BY o.id"
             )),
             scheduled_by_id: statement(format!(
                 "SELECT o.deliver_at, o.shard, o.message_id, o.topic, o.key, NULL::bytea, NULL::text, NULL::text, \

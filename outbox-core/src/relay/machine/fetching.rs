@@ -225,8 +225,11 @@ impl Machine {
         if self.holds.keep_out(shard, position, key.as_ref()) {
             return;
         }
-        // Of its key, unless keys go one by one, nobody keeps count.
-        let queue = key.clone().filter(|_| self.is_serial()).map(|key| (shard, key));
+        // Only of keys that go one by one does anybody keep count.
+        let queue = key
+            .as_ref()
+            .filter(|_| self.is_serial())
+            .map(|key| (shard, key.clone()));
         let ahead = queue
             .as_ref()
             .and_then(|key| self.queues.get(key))
@@ -339,5 +342,45 @@ impl Machine {
                 self.store_failed("promote scheduled messages", error, pause);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::RelayId;
+    use crate::relay::config::RelayConfig;
+    use crate::relay::machine::Setup;
+
+    #[test]
+    fn reads_pause_when_they_left_nothing_and_longer_when_they_found_nothing() {
+        let mut machine = Machine::new(Setup {
+            relay: RelayId::new("a"),
+            config: RelayConfig {
+                poll_busy: Duration::from_millis(2),
+                poll_idle: Duration::from_millis(7),
+                ..RelayConfig::default()
+            },
+            shards: 1,
+            dead_letters: true,
+            scheduled: false,
+            stops_key_at_failure: true,
+            seed: 0,
+        });
+        let mut pause = |empty, more| {
+            machine.pace(empty, more, Duration::ZERO);
+            machine.fetching.next.as_millis()
+        };
+        assert_eq!(pause(false, true), 0, "there is more");
+        assert_eq!(pause(false, false), 2, "one or two came");
+        assert_eq!(pause(true, false), 2, "none");
+        assert_eq!(pause(true, false), 4, "none again");
+        assert_eq!(pause(true, false), 7, "and again");
+        assert_eq!(pause(false, false), 2, "some again");
+        assert_eq!(
+            pause(true, true),
+            0,
+            "what there is was dropped, and there is more"
+        );
     }
 }
