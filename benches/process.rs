@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use crate::place::Spec;
 use crate::results::Outcome;
+use crate::stage::count;
 
 /// The argument that makes a worker of this program.
 pub(crate) const WORKER: &str = "worker";
@@ -60,6 +61,28 @@ pub(crate) fn of_server(process: &str) -> Outcome<Duration> {
         all += user + system;
     }
     Ok(time(all))
+}
+
+/// How busy the machine's cores are.
+pub(crate) struct Busy {
+    since: Instant,
+    before: Duration,
+}
+
+impl Busy {
+    pub(crate) fn from_now() -> Outcome<Self> {
+        Ok(Self {
+            since: Instant::now(),
+            before: of_machine()?,
+        })
+    }
+
+    /// Percent of all cores, since then.
+    pub(crate) fn share(&self) -> Outcome<f64> {
+        let cores = std::thread::available_parallelism()?.get();
+        let there = self.since.elapsed().as_secs_f64() * count(cores as u64);
+        Ok(100.0 * of_machine()?.saturating_sub(self.before).as_secs_f64() / there)
+    }
 }
 
 /// The CPU time that all processes of this machine have taken so far.

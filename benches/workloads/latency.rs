@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::ledger::Flow;
 use crate::place::Store;
-use crate::process::System;
+use crate::process::{Busy, System};
 use crate::results::{Outcome, figure};
 use crate::stage::{Bench, Stage, Subject, count, say};
 use crate::workloads::turn;
@@ -35,6 +35,15 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
     if bench.server.store == Store::Postgres {
         cases.insert(1, (BASELINE, RATES[0]));
     }
+    // The broker compiles its code for many small requests while this runs.
+    let time = bench.size(Duration::from_secs(30), Duration::from_secs(4));
+    let warm_up = Subject {
+        workload: "warm up",
+        system: System::Outbox.name(),
+        case: "",
+    };
+    measure(bench, warm_up, RATES[0], System::Outbox, time).await?;
+    let time = bench.size(Duration::from_secs(60), Duration::from_secs(4));
     for round in 0..rounds {
         for (system, rate) in turn(&cases, round) {
             let case = format!("{} messages/s", figure(f64::from(rate)));
@@ -43,15 +52,37 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
                 system: system.name(),
                 case: &case,
             };
-            measure(bench, subject, system, rate).await?;
+            let Some(found) = measure(bench, subject, rate, system, time).await? else {
+                continue;
+            };
+            bench.record(subject, "rate achieved", "messages/s", found.achieved);
+            for (metric, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
+                bench.record(subject, metric, "ms", quantile(&found.waits, share));
+            }
+            bench.record(subject, "cores busy", "%", found.busy);
         }
     }
     Ok(())
 }
 
-async fn measure(bench: &mut Bench, subject: Subject<'_>, system: System, rate: u32) -> Outcome<()> {
-    let time = bench.size(Duration::from_secs(60), Duration::from_secs(4)) + WARM_UP;
-    let messages = u64::from(rate) * time.as_secs();
+struct Found {
+    /// Messages a second that were committed.
+    achieved: f64,
+    /// From commit to consume, in microseconds, ascending.
+    waits: Vec<u64>,
+    /// Percent of the machine's cores.
+    busy: f64,
+}
+
+/// Commits so many a second for a while; none when it does not count.
+async fn measure(
+    bench: &mut Bench,
+    subject: Subject<'_>,
+    rate: u32,
+    system: System,
+    time: Duration,
+) -> Outcome<Option<Found>> {
+    let messages = u64::from(rate) * (time + WARM_UP).as_secs();
     let stage = Stage::new(bench, FLOW, system).await?;
     stage.place.calm().await?;
     let mut worker = stage.worker(bench, system).await?;
@@ -61,7 +92,9 @@ async fn measure(bench: &mut Bench, subject: Subject<'_>, system: System, rate: 
         move || consume(&consumer, &watch)
     });
     worker.go().await?;
+    let busy = Busy::from_now()?;
     let produced = produce(&stage, system, rate, &watch).await;
+    let busy = busy.share()?;
     let arrived = match produced {
         Ok(_) => stage.until(messages, None, &mut worker).await,
         Err(_) => stage.until(0, None, &mut worker).await,
@@ -79,28 +112,30 @@ async fn measure(bench: &mut Bench, subject: Subject<'_>, system: System, rate: 
     let verdict = stage.verify(0, messages, 0).await?;
     stage.remove().await?;
     if !bench.counts(subject, verdict) {
-        return Ok(());
+        return Ok(None);
     }
     let achieved = count(messages) / taken.as_secs_f64();
-    bench.record(subject, "rate achieved", "messages/s", achieved);
-    let share = achieved / f64::from(rate);
-    if share < KEPT {
+    let Subject {
+        workload,
+        system,
+        case,
+    } = subject;
+    if achieved / f64::from(rate) < KEPT {
         say(&format!(
-            "latency {}: only {:.0} messages/s could be committed",
-            subject.case, achieved
+            "{workload} {case}: only {achieved:.0} messages/s could be committed"
         ));
     }
     let mut waits = watch.waits(u64::from(rate) * WARM_UP.as_secs());
     waits.sort_unstable();
     let [p50, p99, max] = [0.5, 0.99, 1.0].map(|share| quantile(&waits, share));
-    for (metric, value) in [("p50", p50), ("p99", p99), ("max", max)] {
-        bench.record(subject, metric, "ms", value);
-    }
     say(&format!(
-        "latency {} {}: p50 {p50:.2}, p99 {p99:.2}, max {max:.2} ms",
-        subject.system, subject.case
+        "{workload} {system} {case}: p50 {p50:.2}, p99 {p99:.2}, max {max:.2} ms, {busy:.0} % of the cores busy"
     ));
-    Ok(())
+    Ok(Some(Found {
+        achieved,
+        waits,
+        busy,
+    }))
 }
 
 /// When each message was committed and consumed, in microseconds of one clock; 0 is not yet.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::ledger::Flow;
-use crate::process::System;
+use crate::process::{Busy, System};
 use crate::results::Outcome;
 use crate::stage::{Bench, Stage, Subject, count, say};
 use crate::workloads::turn;
@@ -53,7 +53,9 @@ async fn measure(bench: &mut Bench, relay: bool) -> Outcome<Option<f64>> {
         started.go().await?;
         worker = Some(started);
     }
+    let busy = Busy::from_now()?;
     let (committed, taken) = produce(&stage, time).await?;
+    let busy = busy.share()?;
     let rate = count(committed) / taken.as_secs_f64();
     let mut verdict = Ok(());
     if let Some(mut worker) = worker {
@@ -67,6 +69,7 @@ async fn measure(bench: &mut Bench, relay: bool) -> Outcome<Option<f64>> {
         return Ok(None);
     }
     bench.record(subject, "commits", "commits/s", rate);
+    bench.record(subject, "cores busy", "%", busy);
     say(&format!("producers {}: {rate:.0} commits/s", subject.case));
     Ok(Some(rate))
 }

@@ -18,6 +18,8 @@ pub(super) struct Fetching {
     next: Duration,
     /// The present pause between reads that find nothing.
     idle: Duration,
+    /// Woken or not, it does not read again before.
+    rest: Duration,
     woken: bool,
     /// Whether the last answer was empty, whole and accepted.
     nothing: bool,
@@ -30,6 +32,7 @@ pub(super) struct Fetching {
 
 #[derive(Debug)]
 pub(super) struct Asked {
+    at: Duration,
     pub(super) shards: Vec<OwnedShard>,
     /// What was left out.
     pub(super) held: Arc<Held>,
@@ -40,8 +43,11 @@ pub(super) struct Asked {
 /// How long scheduled messages may be late because nobody looked.
 const PROMOTE_EVERY: Duration = Duration::from_secs(1);
 
+/// How many times `poll_busy` the pause is at most that gathers messages.
+const GATHERS: u32 = 5;
+
 impl Fetching {
-    /// Reads at once, or right after the answer that is out: what it brings may be older than the wake-up.
+    /// Reads as soon as it may: what an answer brings that is out may be older than the wake-up.
     pub(super) fn wake(&mut self) {
         self.woken = true;
     }
@@ -76,6 +82,7 @@ impl Machine {
         self.fetching.woken = false;
         self.fetching.nothing = false;
         self.fetching.asked = Some(Asked {
+            at: now,
             shards: shards.clone(),
             held: self.holds.held(),
             generation: self.publishing.generation,
@@ -113,7 +120,7 @@ impl Machine {
             return Some(self.fetching.next);
         }
         if self.fetching.woken {
-            return Some(Duration::ZERO);
+            return Some(self.fetching.rest);
         }
         let due = self.holds.due();
         Some(due.map_or(self.fetching.next, |due| due.min(self.fetching.next)))
@@ -144,7 +151,7 @@ impl Machine {
             }
         };
         self.fetching.failures = 0;
-        let empty = records.is_empty();
+        let rows = records.len();
         let current =
             asked.generation == self.publishing.generation && self.publishing.is_open() && !self.stopping;
         for record in records {
@@ -161,11 +168,11 @@ impl Machine {
                 self.reread(record.shard, record.position);
             }
         }
-        if empty && !more && current {
+        if rows == 0 && !more && current {
             self.fetching.nothing = true;
             self.drop_vanished_holds(&asked);
         }
-        self.pace(empty, more, now);
+        self.pace(rows, more, now.saturating_sub(asked.at), now);
     }
 
     fn fetch_failed(&mut self, now: Duration) -> Duration {
@@ -180,17 +187,23 @@ impl Machine {
     }
 
     /// Reads again at once while there is more, and ever more rarely while there is nothing. In between messages come one
-    /// by one: a pause gathers some, because a read costs about as much for one as for a hundred.
-    fn pace(&mut self, empty: bool, more: bool, now: Duration) {
+    /// by one: a pause gathers some, because a read costs about as much for one as for a hundred. It grows with what came,
+    /// and lasts at least as long as the read `took`: the more there is to do, the fewer and larger the batches are.
+    fn pace(&mut self, rows: usize, more: bool, took: Duration, now: Duration) {
         let config = &self.setup.config;
-        let pause = if more {
+        let rest = if more {
             Duration::ZERO
-        } else if empty {
-            (self.fetching.idle * 2).clamp(config.poll_busy, config.poll_idle)
         } else {
-            config.poll_busy
+            let gathers = u32::try_from(rows / 2).map_or(GATHERS, |half| half.clamp(1, GATHERS));
+            took.max(config.poll_busy * gathers).min(config.poll_idle)
         };
-        self.fetching.idle = if empty { pause } else { Duration::ZERO };
+        let pause = if rows == 0 && !more {
+            (self.fetching.idle * 2).clamp(rest, config.poll_idle)
+        } else {
+            rest
+        };
+        self.fetching.idle = if rows == 0 { pause } else { Duration::ZERO };
+        self.fetching.rest = now + rest;
         self.fetching.next = now + pause;
     }
 
@@ -358,7 +371,7 @@ mod tests {
             relay: RelayId::new("a"),
             config: RelayConfig {
                 poll_busy: Duration::from_millis(2),
-                poll_idle: Duration::from_millis(7),
+                poll_idle: Duration::from_millis(12),
                 ..RelayConfig::default()
             },
             shards: 1,
@@ -367,20 +380,30 @@ mod tests {
             stops_key_at_failure: true,
             seed: 0,
         });
-        let mut pause = |empty, more| {
-            machine.pace(empty, more, Duration::ZERO);
+        let mut pause = |rows, more| {
+            machine.pace(rows, more, Duration::from_millis(1), Duration::ZERO);
             machine.fetching.next.as_millis()
         };
-        assert_eq!(pause(false, true), 0, "there is more");
-        assert_eq!(pause(false, false), 2, "one or two came");
-        assert_eq!(pause(true, false), 2, "none");
-        assert_eq!(pause(true, false), 4, "none again");
-        assert_eq!(pause(true, false), 7, "and again");
-        assert_eq!(pause(false, false), 2, "some again");
-        assert_eq!(
-            pause(true, true),
-            0,
-            "what there is was dropped, and there is more"
-        );
+        assert_eq!(pause(1, true), 0, "there is more");
+        assert_eq!(pause(1, false), 2, "one came");
+        assert_eq!(pause(0, false), 2, "none");
+        assert_eq!(pause(0, false), 4, "none again");
+        assert_eq!(pause(0, false), 8, "and again");
+        assert_eq!(pause(0, false), 12, "never longer than when idle");
+        assert_eq!(pause(2, false), 2, "two came");
+        assert_eq!(pause(9, false), 8, "many come");
+        assert_eq!(pause(1_000, false), 10, "very many come");
+        assert_eq!(pause(0, true), 0, "what there is was dropped, and there is more");
+
+        let mut slow = |took| {
+            machine.pace(1, false, Duration::from_millis(took), Duration::ZERO);
+            machine.fetching.wake();
+            (
+                machine.fetching.next.as_millis(),
+                machine.fetching.rest.as_millis(),
+            )
+        };
+        assert_eq!(slow(11), (11, 11), "as long as the read took, woken or not");
+        assert_eq!(slow(500), (12, 12), "and never longer than when idle");
     }
 }

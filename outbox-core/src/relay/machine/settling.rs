@@ -18,7 +18,10 @@ pub(super) struct Settling {
     /// What is on its way, or was, with an unknown result: it is repeated until it is known.
     current: Option<Settlement>,
     busy: bool,
+    /// After a failure it is not tried before.
     next: Duration,
+    /// Until when a small one waits for more.
+    gathers_until: Duration,
     failures: u32,
 }
 
@@ -74,7 +77,7 @@ impl Machine {
     }
 
     pub(super) fn poll_settle(&mut self, now: Duration) -> Option<Command> {
-        if self.settling.busy || now < self.settling.next {
+        if self.settle_due()? > now {
             return None;
         }
         if self.settling.current.is_none() {
@@ -115,11 +118,30 @@ impl Machine {
     }
 
     pub(super) fn settle_due(&self) -> Option<Duration> {
-        (!self.settling.busy && !self.settling.is_empty()).then_some(self.settling.next)
+        let settling = &self.settling;
+        if settling.busy || settling.is_empty() {
+            return None;
+        }
+        if settling.current.is_some() || self.stopping || self.is_pressing() {
+            return Some(settling.next);
+        }
+        Some(settling.next.max(settling.gathers_until))
+    }
+
+    /// Whether what is pending should not wait for more: because it is much, or keeps a key back.
+    fn is_pressing(&self) -> bool {
+        let config = &self.setup.config;
+        let enough = config.settle_rows.min(config.window_rows / 4);
+        let mut rows = 0;
+        self.settling.pending.values().any(|part| {
+            rows += part.len();
+            rows >= enough || !part.is_deliveries_only()
+        })
     }
 
     pub(super) fn settled(&mut self, result: Result<Settled>, now: Duration) {
         self.settling.busy = false;
+        self.settling.gathers_until = now + self.setup.config.settle_every;
         match result {
             Ok(settled) => {
                 self.settling.failures = 0;
@@ -290,5 +312,60 @@ mod tests {
         assert!(machine.leasing.owns(SHARD, Epoch(2)));
         let fenced = |note: &Note| matches!(note, Note::Fenced(_));
         assert!(machine.take_notes().iter().any(fenced));
+    }
+
+    #[test]
+    fn a_small_settlement_waits_for_more_and_one_that_keeps_a_key_back_does_not() {
+        let mut machine = Machine::new(Setup {
+            relay: RelayId::new("a"),
+            config: RelayConfig {
+                settle_every: Duration::from_millis(20),
+                settle_rows: 3,
+                ..RelayConfig::default()
+            },
+            shards: 1,
+            dead_letters: true,
+            scheduled: false,
+            stops_key_at_failure: true,
+            seed: 0,
+        });
+        run(&mut machine, Duration::ZERO, 1, &mut Vec::new());
+        let record = |position| RecordRef {
+            position: Position(position),
+            id: crate::MessageId::new(),
+        };
+        let ms = Duration::from_millis;
+
+        machine.settle_delivered(SHARD, record(1));
+        assert_eq!(machine.settle_due(), Some(ms(0)), "none went before");
+        assert!(machine.poll_settle(ms(5)).is_some());
+        machine.settled(Ok(Settled { lost: Vec::new() }), ms(6));
+        assert_eq!(machine.settle_due(), None, "nothing is pending");
+
+        machine.settle_delivered(SHARD, record(2));
+        machine.settle_delivered(SHARD, record(3));
+        assert_eq!(machine.settle_due(), Some(ms(26)));
+        assert!(machine.poll_settle(ms(25)).is_none());
+        machine.settle_delivered(SHARD, record(4));
+        assert_eq!(machine.settle_due(), Some(ms(0)), "it is full");
+        assert!(machine.poll_settle(ms(7)).is_some());
+        machine.settled(Ok(Settled { lost: Vec::new() }), ms(8));
+
+        machine.settle_death(
+            SHARD,
+            Death {
+                record: record(5),
+                attempts: 1,
+                reason: "poison".into(),
+            },
+        );
+        assert_eq!(machine.settle_due(), Some(ms(0)), "its key waits for it");
+        assert!(machine.poll_settle(ms(9)).is_some());
+        machine.settled(Ok(Settled { lost: Vec::new() }), ms(10));
+
+        machine.settle_delivered(SHARD, record(6));
+        assert_eq!(machine.settle_due(), Some(ms(30)));
+        machine.handle(Event::Shutdown, ms(11));
+        assert_eq!(machine.settle_due(), Some(ms(0)), "nothing comes any more");
     }
 }
