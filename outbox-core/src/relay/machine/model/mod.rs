@@ -135,6 +135,7 @@ impl World {
             batch_rows: if self.bursts { 50 } else { 5 },
             window_rows: if self.bursts { 100 } else { 12 },
             settle_rows: 4,
+            settle_every: Duration::from_millis(if self.slow_reads { 0 } else { 200 }),
             max_attempts: MAX_ATTEMPTS,
             max_holds: 4,
             topic_retry: Backoff {
