@@ -361,25 +361,18 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::RelayId;
+    use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
     use crate::relay::machine::Setup;
+    use crate::shard::Epoch;
 
     #[test]
     fn reads_pause_when_they_left_nothing_and_longer_when_they_found_nothing() {
-        let mut machine = Machine::new(Setup {
-            relay: RelayId::new("a"),
-            config: RelayConfig {
-                poll_busy: Duration::from_millis(2),
-                poll_idle: Duration::from_millis(12),
-                ..RelayConfig::default()
-            },
-            shards: 1,
-            dead_letters: true,
-            scheduled: false,
-            stops_key_at_failure: true,
-            seed: 0,
-        });
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig {
+            poll_busy: Duration::from_millis(2),
+            poll_idle: Duration::from_millis(12),
+            ..RelayConfig::default()
+        }));
         let mut pause = |rows, more| {
             machine.pace(rows, more, Duration::from_millis(1), Duration::ZERO);
             machine.fetching.next.as_millis()
@@ -395,15 +388,54 @@ mod tests {
         assert_eq!(pause(1_000, false), 10, "very many come");
         assert_eq!(pause(0, true), 0, "what there is was dropped, and there is more");
 
-        let mut slow = |took| {
+        own_the_shard(&mut machine);
+        let mut due = |took, woken| {
             machine.pace(1, false, Duration::from_millis(took), Duration::ZERO);
-            machine.fetching.wake();
-            (
-                machine.fetching.next.as_millis(),
-                machine.fetching.rest.as_millis(),
-            )
+            machine.fetching.woken = woken;
+            machine.fetch_due().map(|due| due.as_millis())
         };
-        assert_eq!(slow(11), (11, 11), "as long as the read took, woken or not");
-        assert_eq!(slow(500), (12, 12), "and never longer than when idle");
+        for woken in [false, true] {
+            assert_eq!(due(11, woken), Some(11), "as long as the read took");
+            assert_eq!(due(500, woken), Some(12), "and never longer than when idle");
+        }
+        machine.fetching.woken = false;
+        machine.pace(0, false, Duration::ZERO, Duration::ZERO);
+        machine.pace(0, false, Duration::ZERO, Duration::ZERO);
+        assert_eq!(machine.fetch_due(), Some(Duration::from_millis(4)));
+        machine.fetching.wake();
+        assert_eq!(
+            machine.fetch_due(),
+            Some(Duration::from_millis(2)),
+            "a wake-up ends the pause of who found nothing, and not the rest after the read"
+        );
+    }
+
+    /// Answers until the first read has found nothing.
+    fn own_the_shard(machine: &mut Machine) {
+        let now = Duration::ZERO;
+        while machine.fetching.count == 0 || machine.fetching.asked.is_some() {
+            match machine.poll(now).expect("it has not read yet") {
+                Command::Lease { .. } => {
+                    let leases = Leases {
+                        held: vec![OwnedShard {
+                            shard: Shard(0),
+                            epoch: Epoch(1),
+                        }],
+                        relays: 1,
+                        time_left: Duration::from_secs(10),
+                    };
+                    machine.leased(now, Ok(leases), now);
+                }
+                Command::LoadHolds { .. } => machine.holds_loaded(Ok(Vec::new()), now),
+                Command::Fetch { .. } => {
+                    let batch = Fetched::Batch {
+                        records: Vec::new(),
+                        more: false,
+                    };
+                    machine.fetched(Ok(batch), now);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }

@@ -68,6 +68,22 @@ pub(crate) struct Setup {
     pub(crate) seed: u64,
 }
 
+#[cfg(test)]
+impl Setup {
+    /// A relay of a store with one shard, beside a sink that stops a key at a failure.
+    fn of_one_shard(config: RelayConfig) -> Self {
+        Self {
+            relay: RelayId::new("a"),
+            config,
+            shards: 1,
+            dead_letters: true,
+            scheduled: false,
+            stops_key_at_failure: true,
+            seed: 0,
+        }
+    }
+}
+
 /// The relay's decisions. See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Machine {

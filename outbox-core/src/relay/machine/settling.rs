@@ -225,7 +225,7 @@ impl Machine {
 mod tests {
     use super::*;
     use crate::fetch::{Fetched, Record};
-    use crate::lease::{Leases, RelayId};
+    use crate::lease::Leases;
     use crate::message::Message;
     use crate::relay::config::RelayConfig;
     use crate::relay::machine::{Event, Setup};
@@ -275,25 +275,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_refusal_under_an_old_epoch_takes_nothing_of_the_new_one() {
-        let mut machine = Machine::new(Setup {
-            relay: RelayId::new("a"),
-            config: RelayConfig::default(),
-            shards: 1,
-            dead_letters: true,
-            scheduled: false,
-            stops_key_at_failure: true,
-            seed: 0,
-        });
-        let mut rows = vec![Record {
+    fn record_of(position: i64) -> Record {
+        Record {
             shard: SHARD,
-            position: Position(1),
+            position: Position(position),
             key_seq: None,
             attempts: 0,
             message: Message::builder("t").key("k").build().unwrap(),
             defect: None,
-        }];
+        }
+    }
+
+    #[test]
+    fn a_refusal_under_an_old_epoch_takes_nothing_of_the_new_one() {
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig::default()));
+        let mut rows = vec![record_of(1)];
         run(&mut machine, Duration::ZERO, 1, &mut rows);
         assert!(machine.settling.busy, "the delivery is being settled");
 
@@ -315,20 +311,28 @@ mod tests {
     }
 
     #[test]
-    fn a_small_settlement_waits_for_more_and_one_that_keeps_a_key_back_does_not() {
-        let mut machine = Machine::new(Setup {
-            relay: RelayId::new("a"),
-            config: RelayConfig {
-                settle_every: Duration::from_millis(20),
-                settle_rows: 3,
-                ..RelayConfig::default()
+    fn a_refusal_takes_the_shard_away() {
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig::default()));
+        run(&mut machine, Duration::ZERO, 1, &mut vec![record_of(1)]);
+        assert!(machine.settling.busy, "the delivery is being settled");
+        let lost = vec![SHARD];
+        machine.handle(
+            Event::Settled {
+                result: Ok(Settled { lost }),
             },
-            shards: 1,
-            dead_letters: true,
-            scheduled: false,
-            stops_key_at_failure: true,
-            seed: 0,
-        });
+            Duration::ZERO,
+        );
+        assert!(!machine.leasing.owns(SHARD, Epoch(1)));
+        assert!(machine.is_empty(), "what was in flight is its new owner's");
+    }
+
+    #[test]
+    fn a_small_settlement_waits_for_more_and_one_that_keeps_a_key_back_does_not() {
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig {
+            settle_every: Duration::from_millis(20),
+            settle_rows: 3,
+            ..RelayConfig::default()
+        }));
         run(&mut machine, Duration::ZERO, 1, &mut Vec::new());
         let record = |position| RecordRef {
             position: Position(position),
