@@ -15,6 +15,7 @@ mod identifier;
 mod inbox;
 mod inspect;
 mod lease;
+mod lend;
 mod memory;
 mod message;
 pub mod metrics;
@@ -39,6 +40,7 @@ pub use identifier::Identifier;
 pub use inbox::{Inbox, MIN_INBOX_AGE, Receive, check_age};
 pub use inspect::{Facts, Inspection, MAX_PLACES, Place, Standing, Subject};
 pub use lease::{LeaseRequest, LeaseRow, LeaseTable, Leases, Membership, RelayId, StoreMillis, millis};
+pub use lend::{Lender, Lent, within};
 pub use memory::{MemoryConfig, MemoryFault, MemoryInbox, MemorySink, MemoryStore, MemoryTransaction};
 pub use message::{
     Limits, MAX_KEY_BYTES, MAX_TOPIC_LENGTH, Message, MessageBuilder, MessageId, OrderKey, Parts,

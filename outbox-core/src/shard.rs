@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use md5::{Digest, Md5};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::message::MessageId;
 
@@ -12,7 +12,7 @@ use crate::message::MessageId;
 /// ```
 /// use outbox_core::{MessageId, Shard, shard_of};
 ///
-/// assert_eq!(shard_of(Some(b"42"), MessageId::new(), 64), Shard(40));
+/// assert_eq!(shard_of(Some(b"42"), MessageId::new(), 64), Shard(52));
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Shard(pub u16);
@@ -52,19 +52,20 @@ pub struct OwnedShard {
     pub epoch: Epoch,
 }
 
-/// The shard of a message: the first four bytes of `md5(key)` as a big-endian number, modulo the number of shards;
-/// of a keyless message the same of the 16 bytes of its id.
+/// The shard of a message: the first four bytes of the SHA-256 of its key as a big-endian number, modulo the number of
+/// shards; of a keyless message the same of the 16 bytes of its id.
 ///
-/// The same on every store and in plain SQL (`('x' || left(md5(key), 8))::bit(32)::bigint % 64`, or
-/// `conv(left(md5(key), 8), 16, 10) % 64`). MD5 spreads here, it protects nothing.
+/// The same on every store and in plain SQL: `('x' || left(encode(sha256(key), 'hex'), 8))::bit(32)::bigint % 64`, or
+/// `conv(left(sha2(key, 256), 8), 16, 10) % 64`. Not MD5, which would do as well: MySQL has it no more from 9.6 on, and
+/// other servers may forbid it.
 ///
 /// ```
 /// use outbox_core::{MessageId, Shard, shard_of};
 ///
 /// let id = MessageId::from_bytes([0; 16]);
-/// assert_eq!(shard_of(Some(b"42"), id, 64), Shard(40));
-/// assert_eq!(shard_of(Some(b""), id, 64), Shard(25));
-/// assert_eq!(shard_of(None, id, 64), Shard(54));
+/// assert_eq!(shard_of(Some(b"42"), id, 64), Shard(52));
+/// assert_eq!(shard_of(Some(b""), id, 64), Shard(2));
+/// assert_eq!(shard_of(None, id, 64), Shard(63));
 /// assert_eq!(shard_of(Some(b"42"), id, 1), Shard(0));
 /// ```
 #[must_use]
@@ -73,8 +74,8 @@ pub fn shard_of(key: Option<&[u8]>, id: MessageId, shards: u16) -> Shard {
         return Shard(0);
     }
     let digest = match key {
-        Some(key) => Md5::digest(key),
-        None => Md5::digest(id.as_bytes()),
+        Some(key) => Sha256::digest(key),
+        None => Sha256::digest(id.as_bytes()),
     };
     let number = u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]);
     Shard(u16::try_from(number % u32::from(shards)).unwrap_or_default())

@@ -8,7 +8,7 @@ CREATE SEQUENCE {schema}."{prefix}_id_seq" AS bigint INCREMENT 1 MINVALUE 1 STAR
 -- order; do not change it.
 CREATE TABLE {schema}."{prefix}" (
     shard        smallint NOT NULL GENERATED ALWAYS AS
-                 ((('x' || left(md5(coalesce(key, uuid_send(message_id))), 8))::bit(32)::bigint % {shards})::smallint) STORED,
+                 ((('x' || left(encode(sha256(coalesce(key, uuid_send(message_id))), 'hex'), 8))::bit(32)::bigint % {shards})::smallint) STORED,
     id           bigint NOT NULL DEFAULT nextval(CASE WHEN pg_current_xact_id() IS NOT NULL
                                                       THEN '{schema}."{prefix}_id_seq"'::regclass END),
     message_id   uuid NOT NULL DEFAULT gen_random_uuid(),
@@ -69,7 +69,7 @@ CREATE INDEX "{prefix}_dead_message" ON {schema}."{prefix}_dead" (message_id);
 -- Not before deliver_at; position and number are given at promotion.
 CREATE TABLE {schema}."{prefix}_scheduled" (
     shard        smallint NOT NULL GENERATED ALWAYS AS
-                 ((('x' || left(md5(coalesce(key, uuid_send(message_id))), 8))::bit(32)::bigint % {shards})::smallint) STORED,
+                 ((('x' || left(encode(sha256(coalesce(key, uuid_send(message_id))), 'hex'), 8))::bit(32)::bigint % {shards})::smallint) STORED,
     id           bigint GENERATED ALWAYS AS IDENTITY,
     -- From a time that never comes no span can be counted, and the relay would fail at it for ever.
     deliver_at   timestamptz NOT NULL CHECK (isfinite(deliver_at)),

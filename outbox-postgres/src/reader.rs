@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
-use outbox_core::{Error, ErrorKind, FetchRequest, Fetched, Held, Reader, Record, Result};
+use outbox_core::{Error, ErrorKind, FetchRequest, Fetched, Held, Reader, Record, Result, within};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
@@ -13,7 +13,7 @@ use crate::config::{FetchMode, PostgresConfig};
 use crate::cursor::{Cursor, Intake, Place, Plan, Server, Snapshot};
 use crate::error::During;
 use crate::row::{Rows, limit, number, small, text};
-use crate::session::{Opening, Settings, within};
+use crate::session::{Opening, Settings};
 use crate::sql::{Sql, safe};
 
 const DURING: &str = "fetch";

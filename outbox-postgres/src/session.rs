@@ -5,15 +5,12 @@
 //! a session that was not [finished](Session::finish) closes its connection, whatever it was doing; the server then
 //! rolls back.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, Result};
+use outbox_core::{Lender, Lent, Result, within};
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, Postgres};
 use sqlx::query::Query;
 use sqlx::{Connection, Executor};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
 use crate::config::PostgresConfig;
 use crate::error::During;
@@ -160,7 +157,7 @@ impl Opening {
     }
 }
 
-/// Connections of one kind, opened when they are needed and kept for the next session.
+/// Connections of one kind.
 ///
 /// Not sqlx's pool: that one asks the server something whenever a connection comes back, and waits for the answer without
 /// a limit. A connection that a firewall forgets in that moment keeps its place until the system gives up, in a quarter
@@ -169,26 +166,8 @@ impl Opening {
 pub(crate) struct Sessions {
     options: PgConnectOptions,
     opening: Opening,
-    shared: Arc<Shared>,
+    lender: Lender<PgConnection>,
 }
-
-struct Shared {
-    /// One permit for each connection that may be open.
-    places: Arc<Semaphore>,
-    /// The one that was used last comes last, and is used next. Held for a push or a pop, never while waiting.
-    idle: Mutex<Vec<Idle>>,
-}
-
-struct Idle {
-    connection: PgConnection,
-    opened: Instant,
-    since: Instant,
-}
-
-/// What is idle for so long may have been forgotten on the way.
-const MAX_IDLE: Duration = Duration::from_secs(5 * 60);
-/// A session of the server's that lives for ever only grows.
-const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 
 impl Sessions {
     /// Opens none yet.
@@ -196,47 +175,19 @@ impl Sessions {
         let opening = Opening::new(config, settings);
         Ok(Self {
             options: opening.options(config)?,
+            lender: Lender::new(most, opening.connect_timeout),
             opening,
-            shared: Arc::new(Shared {
-                places: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX))),
-                idle: Mutex::new(Vec::new()),
-            }),
         })
     }
 
     /// A session for single statements, each its own transaction.
     pub(crate) async fn open(&self, operation: &'static str) -> Result<Session> {
-        let patience = self.opening.connect_timeout;
-        let place = timeout(patience, Arc::clone(&self.shared.places).acquire_owned())
-            .await
-            .ok()
-            .and_then(std::result::Result::ok)
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Unavailable,
-                    operation,
-                    "no connection became free in time: the server is slow or max_connections too low",
-                )
-            })?;
-        // A connection that broke while it was idle fails its next call, which is repeated: cheaper than to ask each
-        // time.
-        let (connection, opened) = match self.shared.take() {
-            Some(idle) => (idle.connection, idle.opened),
-            None => {
-                let connection = within(patience, operation, async {
-                    PgConnection::connect_with(&self.options).await.during(operation)
-                });
-                (connection.await?, Instant::now())
-            }
-        };
+        let connect = async || PgConnection::connect_with(&self.options).await.during(operation);
         let mut session = Session {
-            connection: Some(connection),
-            opened,
-            shared: Arc::clone(&self.shared),
+            lent: self.lender.lend(operation, connect).await?,
             operation,
             limit: self.opening.limit,
             open: false,
-            _place: place,
         };
         // Behind a pooler only a transaction stays on one connection of the server's.
         if self.opening.pooler {
@@ -255,30 +206,13 @@ impl Sessions {
     }
 }
 
-impl Shared {
-    fn take(&self) -> Option<Idle> {
-        let mut idle = self.idle();
-        idle.retain(|idle| idle.since.elapsed() < MAX_IDLE && idle.opened.elapsed() < MAX_AGE);
-        idle.pop()
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// A connection that is lent for one operation. One that was not finished is closed with its socket when it is dropped.
 pub(crate) struct Session {
-    /// None once it is given back.
-    connection: Option<PgConnection>,
-    opened: Instant,
-    shared: Arc<Shared>,
+    lent: Lent<PgConnection>,
     operation: &'static str,
     limit: Duration,
     /// Whether a transaction is open.
     open: bool,
-    /// Comes after the connection: it is free when that is given back, or closed.
-    _place: OwnedSemaphorePermit,
 }
 
 impl Session {
@@ -290,7 +224,7 @@ impl Session {
     /// Runs text of ours that has no parameters.
     pub(crate) async fn run(&mut self, text: String) -> Result<()> {
         let (limit, operation) = (self.limit, self.operation);
-        let connection = self.lent()?;
+        let connection = self.lent.connection()?;
         within(limit, operation, async {
             connection.execute(safe(text)).await.map(drop).during(operation)
         })
@@ -300,7 +234,7 @@ impl Session {
     /// The rows of a statement.
     pub(crate) async fn rows(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<Vec<PgRow>> {
         let (limit, operation) = (self.limit, self.operation);
-        let connection = self.lent()?;
+        let connection = self.lent.connection()?;
         within(limit, operation, async {
             query.fetch_all(connection).await.during(operation)
         })
@@ -310,7 +244,7 @@ impl Session {
     /// The only row of a statement.
     pub(crate) async fn row(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<PgRow> {
         let (limit, operation) = (self.limit, self.operation);
-        let connection = self.lent()?;
+        let connection = self.lent.connection()?;
         within(limit, operation, async {
             query.fetch_one(connection).await.during(operation)
         })
@@ -320,7 +254,7 @@ impl Session {
     /// How many rows a statement changed.
     pub(crate) async fn changed(&mut self, query: Query<'_, Postgres, PgArguments>) -> Result<usize> {
         let (limit, operation) = (self.limit, self.operation);
-        let connection = self.lent()?;
+        let connection = self.lent.connection()?;
         within(limit, operation, async {
             let result = query.execute(connection).await.during(operation)?;
             Ok(usize::try_from(result.rows_affected()).unwrap_or(usize::MAX))
@@ -334,48 +268,7 @@ impl Session {
             self.run("COMMIT".to_owned()).await?;
         }
         // In a state that is known.
-        if let Some(connection) = self.connection.take() {
-            self.shared.idle().push(Idle {
-                connection,
-                opened: self.opened,
-                since: Instant::now(),
-            });
-        }
+        self.lent.give_back();
         Ok(())
     }
-
-    fn lent(&mut self) -> Result<&mut PgConnection> {
-        match &mut self.connection {
-            Some(connection) => Ok(connection),
-            None => Err(Error::new(
-                ErrorKind::Unexpected,
-                self.operation,
-                "the session is over",
-            )),
-        }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        if self.connection.take().is_some() {
-            // What broke it, a restart or a network, has most likely broken the idle ones as well, and each would cost
-            // somebody a failure to find that out.
-            self.shared.idle().clear();
-        }
-    }
-}
-
-/// Gives up on a server that does not answer.
-pub(crate) async fn within<T>(
-    limit: Duration,
-    operation: &'static str,
-    call: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    timeout(limit, call).await.unwrap_or_else(|_| {
-        Err(
-            Error::new(ErrorKind::Unavailable, operation, "the server does not answer")
-                .with("limit", format!("{limit:?}")),
-        )
-    })
 }
