@@ -1,0 +1,26 @@
+#![doc = include_str!("../README.md")]
+
+mod config;
+mod enqueue;
+mod error;
+mod hold;
+mod inbox;
+mod inspect;
+mod operate;
+mod reader;
+mod row;
+mod schema;
+mod session;
+mod sql;
+mod store;
+
+pub use config::MysqlConfig;
+pub use enqueue::{MysqlOutbox, begin};
+pub use inbox::MysqlInbox;
+pub use outbox_core::{Error, ErrorKind, Identifier, Result};
+pub use schema::{Migrated, Role, grant_sql, migrate, migration_sql};
+/// How secrets are wrapped, a type of which is part of this crate's API.
+pub use secrecy;
+/// The driver, whose types are part of this crate's API.
+pub use sqlx;
+pub use store::MysqlStore;

@@ -1,0 +1,1064 @@
+//! All SQL text.
+//!
+//! Producers' statements are prepared and bound. What relay and operators say is a script, whose only variable parts are
+//! numbers and hexadecimal digits: nothing of a message can ever become SQL. A list goes in as JSON of numbers and
+//! hexadecimal strings, which `JSON_TABLE` makes rows of; a list of what is to be left out, as a list of constants, which
+//! both servers sort and search, where they would go through a table once for each row.
+
+use std::fmt::{self, Display, Write};
+use std::sync::Arc;
+
+use outbox_core::{
+    DeadLetterQuery, Death, Held, HoldRef, Identifier, Ordering, OwnedShard, Position, RecordRef, Settlement,
+    Shard, ShardSettlement, Subject,
+};
+use sqlx::mysql::{MySql, MySqlArguments};
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
+
+use crate::config::MysqlConfig;
+use crate::hold::{HoldChanges, HoldName};
+
+/// The version of the schema that this crate works with.
+pub(crate) const VERSION: i64 = 1;
+
+/// Text of our own as sqlx wants it. This is the only place that vouches for SQL text.
+pub(crate) fn safe(text: String) -> SqlStr {
+    AssertSqlSafe(text).into_sql_str()
+}
+
+/// A statement of a producer or a consumer, on a connection of theirs.
+#[derive(Clone)]
+pub(crate) struct Statement(Arc<str>);
+
+impl Statement {
+    fn new(text: String) -> Self {
+        Self(text.into())
+    }
+
+    /// To be bound and run.
+    pub(crate) fn query<'q>(&self) -> Query<'q, MySql, MySqlArguments> {
+        sqlx::query(AssertSqlSafe(Arc::clone(&self.0)))
+    }
+}
+
+impl fmt::Debug for Statement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Bytes as a literal.
+pub(crate) fn literal(bytes: &[u8]) -> String {
+    format!("X'{}'", hex(bytes))
+}
+
+/// Text as a literal.
+fn text(text: &str) -> String {
+    format!("_utf8mb4 X'{}'", hex(text.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+/// A field of a row of JSON: a number, or bytes in hexadecimal.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Field<'f> {
+    Number(i64),
+    Bytes(&'f [u8]),
+}
+
+impl Display for Field<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Bytes(bytes) => write!(f, "\"{}\"", hex(bytes)),
+        }
+    }
+}
+
+/// Rows as a literal of JSON. It needs no quoting: there is nothing in it that could end it.
+pub(crate) fn json<'f, const N: usize>(rows: impl IntoIterator<Item = [Field<'f>; N]>) -> String {
+    let mut text = String::from("'[");
+    for (index, row) in rows.into_iter().enumerate() {
+        text.push_str(if index == 0 { "[" } else { ",[" });
+        for (index, field) in row.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            let _ = write!(text, "{comma}{field}");
+        }
+        text.push(']');
+    }
+    text.push_str("]'");
+    text
+}
+
+/// Values with commas between them.
+fn list(values: impl IntoIterator<Item = impl Display>) -> String {
+    let mut text = String::new();
+    for value in values {
+        let comma = if text.is_empty() { "" } else { "," };
+        let _ = write!(text, "{comma}{value}");
+    }
+    text
+}
+
+/// `what` is none of the values; true when there are none.
+fn none_of(what: &str, values: impl IntoIterator<Item = impl Display>) -> String {
+    match list(values) {
+        list if list.is_empty() => "TRUE".to_owned(),
+        list => format!("{what} NOT IN ({list})"),
+    }
+}
+
+/// The columns of a message, the same in every table that holds one.
+const MESSAGE: &str = "message_id, topic, `key`, payload, headers, content_type, created_at";
+
+/// The same of the table `o`.
+const OF_O: &str = "o.message_id, o.topic, o.`key`, o.payload, o.headers, o.content_type, o.created_at";
+
+const NOW: &str = "UTC_TIMESTAMP(6)";
+
+/// A time as microseconds since 1970.
+fn since_1970(time: &str) -> String {
+    format!("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', {time})")
+}
+
+/// A time as milliseconds from now.
+fn left(time: &str) -> String {
+    format!("TIMESTAMPDIFF(MICROSECOND, {NOW}, {time}) DIV 1000")
+}
+
+/// What lies so many milliseconds ahead.
+fn ahead(millis: impl Display) -> String {
+    format!("{NOW} + INTERVAL ({millis}) * 1000 MICROSECOND")
+}
+
+/// Locks the rows of one table beside a `JSON_TABLE`: MySQL must be told which, and MariaDB cannot be.
+fn locking(mysql: &str, mariadb: &str, table: &str) -> String {
+    format!("/*!80000 FOR {mysql} OF {table} */ /*M! {mariadb} */")
+}
+
+/// A message of the table `o` as [`crate::row`] reads it. What is too large for the server to send stays there, and its
+/// size comes instead.
+fn read(key_seq: &str) -> String {
+    let size = "COALESCE(OCTET_LENGTH(o.payload), 0) + COALESCE(OCTET_LENGTH(o.headers), 0)";
+    let large = format!("{size} > @@max_allowed_packet - 65536");
+    format!(
+        "o.message_id, o.topic, o.`key`, IF({large}, NULL, o.payload), IF({large}, NULL, o.headers), o.content_type, {}, \
+         IF({large}, {size}, NULL), {key_seq}",
+        since_1970("o.created_at")
+    )
+}
+
+/// The statements of one outbox.
+#[derive(Debug)]
+pub(crate) struct Sql {
+    prefix: Identifier,
+    ordering: Ordering,
+    archive: bool,
+    outbox: String,
+    hold: String,
+    dead: String,
+    scheduled: String,
+    processed: String,
+    lease: String,
+    relay: String,
+    numbers: String,
+    meta: String,
+    pub(crate) receive: Statement,
+    pub(crate) forget: Statement,
+}
+
+impl Sql {
+    pub(crate) fn new(config: &MysqlConfig) -> Self {
+        let table = |suffix: &str| format!("`{}{suffix}`", config.prefix);
+        let inbox = table("_inbox");
+        Self {
+            prefix: config.prefix.clone(),
+            ordering: config.ordering,
+            archive: config.archive,
+            outbox: table(""),
+            hold: table("_hold"),
+            dead: table("_dead"),
+            scheduled: table("_scheduled"),
+            processed: table("_processed"),
+            lease: table("_lease"),
+            relay: table("_relay"),
+            numbers: table("_sequence"),
+            meta: table("_meta"),
+            receive: Statement::new(format!(
+                "INSERT INTO {inbox} (consumer, message_id) VALUES (?, ?)"
+            )),
+            forget: Statement::new(format!(
+                "DELETE FROM {inbox} WHERE received_at <= {NOW} - INTERVAL ? * 1000 MICROSECOND \
+                 ORDER BY received_at LIMIT ?"
+            )),
+        }
+    }
+}
+
+/// A savepoint that is there only in a transaction.
+pub(crate) const SAVEPOINT: &str = "outbox_enqueue_needs_a_transaction";
+
+/// Producers.
+impl Sql {
+    /// Inserts so many messages: their six columns, and the number where messages are numbered.
+    pub(crate) fn insert(&self, rows: usize) -> Statement {
+        let (number, place) = match self.ordering {
+            Ordering::Insert => ("", "(?,?,?,?,?,?)"),
+            Ordering::Sequenced => (", key_seq", "(?,?,?,?,?,?,?)"),
+        };
+        Statement::new(format!(
+            "INSERT INTO {} (message_id, topic, `key`, payload, headers, content_type{number}) VALUES {}",
+            self.outbox,
+            list(std::iter::repeat_n(place, rows))
+        ))
+    }
+
+    /// Plans so many messages: their six columns, and when they are due.
+    pub(crate) fn schedule(&self, rows: usize) -> Statement {
+        let place = "(?,?,?,?,?,?,'1970-01-01' + INTERVAL ? MICROSECOND)";
+        Statement::new(format!(
+            "INSERT INTO {} (message_id, topic, `key`, payload, headers, content_type, deliver_at) VALUES {}",
+            self.scheduled,
+            list(std::iter::repeat_n(place, rows))
+        ))
+    }
+
+    /// Draws numbers for keys, given with their counts, in one order: who draws once cannot be in a deadlock with
+    /// another who does. The second statement refuses to go on outside a transaction, where counters would be free again
+    /// before the messages are there; the last one tells the last number of each.
+    pub(crate) fn draw<'k>(&self, keys: impl Iterator<Item = (&'k str, &'k [u8], usize)> + Clone) -> String {
+        let numbers = &self.numbers;
+        let rows = list(
+            keys.clone()
+                .map(|(topic, key, count)| format!("({},{},{count})", text(topic), literal(key))),
+        );
+        let names = list(keys.map(|(topic, key, _)| format!("({},{})", text(topic), literal(key))));
+        format!(
+            "SAVEPOINT {SAVEPOINT}; RELEASE SAVEPOINT {SAVEPOINT}; \
+             INSERT INTO {numbers} (topic, `key`, last) VALUES {rows} \
+             ON DUPLICATE KEY UPDATE last = last + VALUES(last); \
+             SELECT topic, `key`, last FROM {numbers} WHERE (topic, `key`) IN ({names})"
+        )
+    }
+
+    /// Writes rows, which a SELECT gives as the columns of a message and `n`, in the order of `n`, with their numbers
+    /// where messages are numbered: the counters are locked before the first position is drawn.
+    fn write(&self, rows: &str) -> String {
+        let (outbox, numbers) = (&self.outbox, &self.numbers);
+        match self.ordering {
+            Ordering::Insert => {
+                format!("INSERT INTO {outbox} ({MESSAGE}) SELECT {OF_O} FROM ({rows}) o ORDER BY o.n")
+            }
+            Ordering::Sequenced => format!(
+                "INSERT INTO {numbers} (topic, `key`, last) SELECT g.topic, g.`key`, g.fresh FROM \
+                     (SELECT o.topic, o.`key`, COUNT(*) AS fresh FROM ({rows}) o WHERE o.`key` IS NOT NULL \
+                      GROUP BY o.topic, o.`key`) g ORDER BY g.topic, g.`key` \
+                 ON DUPLICATE KEY UPDATE last = {numbers}.last + VALUES(last); \
+                 INSERT INTO {outbox} ({MESSAGE}, key_seq) SELECT {OF_O}, \
+                     s.last - COUNT(*) OVER (PARTITION BY o.topic, o.`key`) \
+                            + ROW_NUMBER() OVER (PARTITION BY o.topic, o.`key` ORDER BY o.n) \
+                 FROM ({rows}) o LEFT JOIN {numbers} s ON s.topic = o.topic AND s.`key` = o.`key` ORDER BY o.n"
+            ),
+        }
+    }
+}
+
+/// Shards and their epochs as JSON.
+fn shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
+    json(owned.into_iter().map(|owned| {
+        [
+            Field::Number(i64::from(owned.shard.0)),
+            Field::Number(owned.epoch.0),
+        ]
+    }))
+}
+
+/// Leases.
+impl Sql {
+    /// Renews the membership and what the relay still holds. The answers: 2, the relays that are over; 3, how many
+    /// others are alive; 4, what is held.
+    pub(crate) fn renew(&self, relay: &str, ttl: i64) -> String {
+        let Self {
+            relay: relays, lease, ..
+        } = self;
+        let (name, until) = (text(relay), ahead(ttl));
+        format!(
+            "INSERT INTO {relays} (relay, until) VALUES ({name}, {until}) ON DUPLICATE KEY UPDATE until = {until}; \
+             UPDATE {lease} SET until = {until} WHERE owner = {name} AND until > {NOW} ORDER BY shard; \
+             SELECT relay FROM {relays} WHERE until <= {NOW}; \
+             SELECT COUNT(*) FROM {relays} WHERE until > {NOW} AND relay <> {name}; \
+             {}",
+            self.held(&name)
+        )
+    }
+
+    /// Takes what is free. The second answer is what is held.
+    pub(crate) fn take(&self, relay: &str, ttl: i64, most: usize) -> String {
+        let (name, until) = (text(relay), ahead(ttl));
+        format!(
+            "UPDATE {} SET owner = {name}, epoch = epoch + 1, until = {until} \
+             WHERE owner IS NULL OR until <= {NOW} ORDER BY shard LIMIT {most}; {}",
+            self.lease,
+            self.held(&name)
+        )
+    }
+
+    fn held(&self, name: &str) -> String {
+        format!(
+            "SELECT shard, epoch FROM {} WHERE owner = {name} AND until > {NOW} ORDER BY shard",
+            self.lease
+        )
+    }
+
+    /// Strikes members off that are over, one statement each: each locks one row.
+    pub(crate) fn strike<'r>(&self, relays: impl Iterator<Item = &'r str>) -> String {
+        let strike = |relay| {
+            format!(
+                "DELETE FROM {} WHERE relay = {} AND until <= {NOW}",
+                self.relay,
+                text(relay)
+            )
+        };
+        relays.map(strike).collect::<Vec<_>>().join("; ")
+    }
+
+    pub(crate) fn release(&self, relay: &str, owned: &[OwnedShard], leaves: bool) -> String {
+        let name = text(relay);
+        let mut script = format!(
+            "UPDATE JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
+             STRAIGHT_JOIN {} l ON l.shard = j.s SET l.owner = NULL, l.until = '1970-01-01' \
+             WHERE l.owner = {name} AND l.epoch = j.e",
+            shards(owned.iter().copied()),
+            self.lease,
+        );
+        if leaves {
+            let _ = write!(script, "; DELETE FROM {} WHERE relay = {name}", self.relay);
+        }
+        script
+    }
+
+    /// The leases, and the relays that are alive.
+    pub(crate) fn owners(&self) -> String {
+        format!(
+            "SELECT shard, epoch, owner, GREATEST({}, 0) FROM {} ORDER BY shard; \
+             SELECT relay FROM {} WHERE until > {NOW} ORDER BY relay",
+            left("until"),
+            self.lease,
+            self.relay
+        )
+    }
+
+    /// Begins a transaction and locks the leases of these shards against a take-over, in one order. The third answer,
+    /// whose index is [`FENCED`], are those that the relay holds. A statement that joins [`fence`](Self::fence) touches
+    /// only these.
+    fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
+        let mut owned: Vec<OwnedShard> = owned.into_iter().collect();
+        owned.sort_unstable();
+        format!(
+            "START TRANSACTION; SET @outbox_now = {NOW}; \
+             SELECT l.shard FROM JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
+             STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s WHERE l.epoch = j.e AND l.owner = {} \
+             AND l.until > @outbox_now {}",
+            shards(owned),
+            self.lease,
+            text(relay),
+            locking("SHARE", "LOCK IN SHARE MODE", "l"),
+        )
+    }
+
+    /// The shard `j.s` under the epoch `j.e` is held, as was seen when it was locked.
+    fn fence(&self, relay: &str) -> String {
+        format!(
+            "STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s AND l.epoch = j.e AND l.owner = {} \
+             AND l.until > @outbox_now",
+            self.lease,
+            text(relay)
+        )
+    }
+}
+
+/// Where the answer is of which shards are held.
+pub(crate) const FENCED: usize = 2;
+
+/// Settling.
+impl Sql {
+    /// One transaction. See [`fenced`](Self::fenced) for the answers.
+    pub(crate) fn settle(&self, settlement: &Settlement) -> String {
+        let relay = settlement.relay.as_str();
+        let owned = settlement.shards.iter().map(|part| OwnedShard {
+            shard: part.shard,
+            epoch: part.epoch,
+        });
+        let mut script = self.fenced(relay, owned);
+        self.delivered(&mut script, settlement);
+        self.buried(&mut script, settlement);
+        self.holds_changed(&mut script, settlement);
+        script.push_str("; COMMIT");
+        script
+    }
+
+    /// Rows of the outbox that `j` names, each looked up by the primary key whatever is known of the table: one that is
+    /// nearly empty would be read whole, and would wait there for the rows of open transactions.
+    fn named(&self) -> String {
+        format!(
+            "STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = j.i AND o.shard = j.s AND o.message_id = UNHEX(j.m)",
+            self.outbox
+        )
+    }
+
+    fn delivered(&self, script: &mut String, settlement: &Settlement) {
+        let delivered = settlement
+            .shards
+            .iter()
+            .flat_map(|part| part.delivered.iter().map(move |record| (part, record)));
+        if delivered.clone().next().is_none() {
+            return;
+        }
+        let rows = json(delivered.map(|(part, record)| {
+            let [shard, epoch] = under(part);
+            [
+                shard,
+                epoch,
+                Field::Number(record.position.0),
+                Field::Bytes(record.id.as_bytes()),
+            ]
+        }));
+        let from = format!(
+            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
+             i BIGINT PATH '$[2]', m CHAR(32) PATH '$[3]')) j {} {}",
+            self.fence(settlement.relay.as_str()),
+            self.named()
+        );
+        if self.archive {
+            let _ = write!(
+                script,
+                "; INSERT INTO {} (position, {MESSAGE}, key_seq) SELECT o.id, {OF_O}, o.key_seq {from}",
+                self.processed
+            );
+        }
+        let _ = write!(script, "; DELETE o {from}");
+    }
+
+    fn buried(&self, script: &mut String, settlement: &Settlement) {
+        let dead = settlement
+            .shards
+            .iter()
+            .flat_map(|part| part.dead.iter().map(move |death| (part, death)));
+        if dead.clone().next().is_none() {
+            return;
+        }
+        let rows = json(dead.map(|(part, death): (&ShardSettlement, &Death)| {
+            let [shard, epoch] = under(part);
+            [
+                shard,
+                epoch,
+                Field::Number(death.record.position.0),
+                Field::Bytes(death.record.id.as_bytes()),
+                Field::Number(i64::from(death.attempts)),
+                Field::Bytes(death.reason.as_bytes()),
+            ]
+        }));
+        let from = format!(
+            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
+             i BIGINT PATH '$[2]', m CHAR(32) PATH '$[3]', a BIGINT PATH '$[4]', r LONGTEXT PATH '$[5]')) j {} {}",
+            self.fence(settlement.relay.as_str()),
+            self.named()
+        );
+        let _ = write!(
+            script,
+            "; INSERT INTO {} (position, {MESSAGE}, key_seq, attempts, reason) \
+             SELECT o.id, {OF_O}, o.key_seq, j.a, CONVERT(UNHEX(j.r) USING utf8mb4) {from} \
+             ON DUPLICATE KEY UPDATE attempts = VALUES(attempts), reason = VALUES(reason); DELETE o {from}",
+            self.dead
+        );
+    }
+
+    fn holds_changed(&self, script: &mut String, settlement: &Settlement) {
+        let mut changes = HoldChanges::default();
+        for part in &settlement.shards {
+            part.holds.iter().for_each(|change| changes.add(part, change));
+        }
+        let fence = self.fence(settlement.relay.as_str());
+        let named = "s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', c VARCHAR(16) PATH '$[2]', t VARCHAR(498) PATH '$[3]', \
+                     k VARCHAR(2048) PATH '$[4]', i BIGINT PATH '$[5]'";
+        let topic = "CONVERT(UNHEX(j.t) USING utf8mb4) COLLATE utf8mb4_bin";
+        let scope = "CONVERT(UNHEX(j.c) USING ascii) COLLATE ascii_bin";
+        if let Some(rows) = changes.cleared() {
+            let _ = write!(
+                script,
+                "; DELETE h FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({named})) j {fence} \
+                 STRAIGHT_JOIN {} h FORCE INDEX (PRIMARY) ON h.shard = j.s AND h.scope = {scope} AND h.topic = {topic} \
+                 AND h.`key` = UNHEX(j.k) AND h.message = j.i",
+                self.hold
+            );
+        }
+        if let Some(rows) = changes.put() {
+            let _ = write!(
+                script,
+                "; INSERT INTO {} (shard, scope, topic, `key`, message, head, head_message_id, attempts, parked, due_at, \
+                 reason) SELECT j.s, {scope}, {topic}, UNHEX(j.k), j.i, j.head, UNHEX(j.m), j.a, j.p, {}, \
+                 CONVERT(UNHEX(j.r) USING utf8mb4) FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({named}, \
+                 head BIGINT PATH '$[6]', m CHAR(32) PATH '$[7]', a BIGINT PATH '$[8]', p BIGINT PATH '$[9]', \
+                 d BIGINT PATH '$[10]', r LONGTEXT PATH '$[11]')) j {fence} \
+                 ON DUPLICATE KEY UPDATE head = VALUES(head), head_message_id = VALUES(head_message_id), \
+                 attempts = VALUES(attempts), parked = VALUES(parked), due_at = VALUES(due_at), reason = VALUES(reason)",
+                self.hold,
+                ahead("j.d")
+            );
+        }
+    }
+}
+
+/// A part's shard and epoch.
+fn under(part: &ShardSettlement) -> [Field<'static>; 2] {
+    [
+        Field::Number(i64::from(part.shard.0)),
+        Field::Number(part.epoch.0),
+    ]
+}
+
+/// Holds.
+impl Sql {
+    fn hold_columns() -> String {
+        format!(
+            "shard, scope, topic, `key`, head, head_message_id, attempts, parked, GREATEST({}, 0), reason",
+            left("due_at")
+        )
+    }
+
+    pub(crate) fn holds(&self, owned: &[OwnedShard]) -> String {
+        let shards = list(owned.iter().map(|owned| owned.shard));
+        let shards = if shards.is_empty() { "NULL" } else { &shards };
+        format!(
+            "SELECT {} FROM {} WHERE shard IN ({shards})",
+            Self::hold_columns(),
+            self.hold
+        )
+    }
+
+    pub(crate) fn all_holds(&self) -> String {
+        format!("SELECT {} FROM {}", Self::hold_columns(), self.hold)
+    }
+
+    pub(crate) fn parked(&self, most: usize) -> String {
+        format!(
+            "SELECT {} FROM {} WHERE parked ORDER BY head, shard, scope, topic, `key` LIMIT {most}",
+            Self::hold_columns(),
+            self.hold
+        )
+    }
+
+    /// A parked hold of this name and this head.
+    fn is_hold(hold: &HoldRef) -> String {
+        let name = HoldName::new(hold.shard, &hold.scope, hold.head);
+        format!(
+            "h.shard = {} AND h.scope = '{}' AND h.topic = {} AND h.`key` = {} AND h.message = {} AND h.parked \
+             AND h.head = {} AND h.head_message_id = {}",
+            hold.shard,
+            name.scope,
+            text(&name.topic),
+            literal(&name.key),
+            name.message,
+            hold.head.position,
+            literal(hold.head.id.as_bytes())
+        )
+    }
+
+    pub(crate) fn resume(&self, hold: &HoldRef) -> String {
+        format!(
+            "UPDATE {} h SET h.parked = FALSE, h.attempts = 0, h.due_at = {NOW} WHERE {}",
+            self.hold,
+            Self::is_hold(hold)
+        )
+    }
+
+    /// Moves the head of a parked hold to the dead letters. The second answer tells the hold.
+    pub(crate) fn bury(&self, hold: &HoldRef) -> String {
+        let Self {
+            outbox,
+            hold: holds,
+            dead,
+            ..
+        } = self;
+        let is_hold = Self::is_hold(hold);
+        let from = format!(
+            "FROM {holds} h STRAIGHT_JOIN {outbox} o FORCE INDEX (PRIMARY) ON o.id = h.head \
+             AND o.message_id = h.head_message_id WHERE {is_hold}"
+        );
+        format!(
+            "START TRANSACTION; SELECT h.head FROM {holds} h WHERE {is_hold} FOR UPDATE; \
+             INSERT INTO {dead} (position, {MESSAGE}, key_seq, attempts, reason) \
+             SELECT o.id, {OF_O}, o.key_seq, h.attempts, h.reason {from} \
+             ON DUPLICATE KEY UPDATE attempts = VALUES(attempts), reason = VALUES(reason); \
+             DELETE o {from}; DELETE h FROM {holds} h WHERE {is_hold}; COMMIT"
+        )
+    }
+}
+
+/// Dead letters, what is planned, the archive.
+impl Sql {
+    pub(crate) fn dead_list(&self, query: &DeadLetterQuery) -> String {
+        let mut conditions = vec!["TRUE".to_owned()];
+        if let Some(topic) = &query.topic {
+            conditions.push(format!("o.topic = {}", text(topic)));
+        }
+        if let Some(RecordRef { position, id }) = query.after {
+            conditions.push(format!(
+                "(o.position > {position} OR (o.position = {position} AND o.message_id > {}))",
+                literal(id.as_bytes())
+            ));
+        }
+        if let Some(ids) = &query.ids {
+            let ids = list(ids.iter().map(|id| literal(id.as_bytes())));
+            let ids = if ids.is_empty() { "NULL" } else { &ids };
+            conditions.push(format!("o.message_id IN ({ids})"));
+        }
+        format!(
+            "SELECT o.position, {}, o.attempts, o.reason, {} FROM {} o WHERE {} \
+             ORDER BY o.position, o.message_id LIMIT {}",
+            read("o.key_seq"),
+            since_1970("o.died_at"),
+            self.dead,
+            conditions.join(" AND "),
+            query.limit
+        )
+    }
+
+    /// Dead letters by name, with their order `n`, as the table `o`.
+    fn dead_named(&self, records: &[RecordRef]) -> String {
+        let rows = json(records.iter().map(|record| {
+            [
+                Field::Number(record.position.0),
+                Field::Bytes(record.id.as_bytes()),
+            ]
+        }));
+        format!(
+            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (n FOR ORDINALITY, i BIGINT PATH '$[0]', m CHAR(32) PATH '$[1]')) j \
+             STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.position = j.i AND o.message_id = UNHEX(j.m)",
+            self.dead
+        )
+    }
+
+    /// What comes back is numbered anew; its old number stays a hole. The second answer tells how many there were.
+    pub(crate) fn dead_requeue(&self, records: &[RecordRef]) -> String {
+        let from = self.dead_named(records);
+        format!(
+            "START TRANSACTION; SELECT o.position {from} {}; {}; DELETE o {from}; COMMIT",
+            locking("UPDATE", "FOR UPDATE", "o"),
+            self.write(&format!("SELECT {OF_O}, j.n {from}"))
+        )
+    }
+
+    pub(crate) fn dead_discard(&self, records: &[RecordRef]) -> String {
+        format!("DELETE o {}", self.dead_named(records))
+    }
+
+    /// When the next one is due; which shards the relay holds; and what is due, if anything is: neither needs a lock.
+    pub(crate) fn next_due(&self, relay: &str, owned: &[OwnedShard], most: usize) -> String {
+        let due = |shard: &OwnedShard, what: &str, condition: &str, limit: usize| {
+            format!(
+                "(SELECT {what} FROM {} FORCE INDEX (`{}_scheduled_due`) WHERE shard = {}{condition} \
+                 ORDER BY deliver_at, id LIMIT {limit})",
+                self.scheduled, self.prefix, shard.shard
+            )
+        };
+        let each = |what: &str, condition: &str, limit: usize| {
+            let selects: Vec<String> = owned
+                .iter()
+                .map(|shard| due(shard, what, condition, limit))
+                .collect();
+            selects.join(" UNION ALL ")
+        };
+        format!(
+            "SELECT MIN({}) FROM ({}) d; \
+             SELECT l.shard FROM JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
+             STRAIGHT_JOIN {} l ON l.shard = j.s AND l.epoch = j.e WHERE l.owner = {} AND l.until > {NOW}; \
+             SELECT shard, id FROM ({}) d ORDER BY deliver_at, id LIMIT {most}",
+            left("deliver_at"),
+            each("deliver_at", "", 1),
+            shards(owned.iter().copied()),
+            self.lease,
+            text(relay),
+            each(
+                "shard, id, deliver_at",
+                &format!(" AND deliver_at <= {NOW}"),
+                most
+            ),
+        )
+    }
+
+    /// Moves what is due, named by shard and id, to the outbox. The answer after [`FENCED`] are those that are moved.
+    pub(crate) fn promote(&self, relay: &str, owned: &[OwnedShard], due: &[(Shard, i64)]) -> String {
+        let epoch = |shard: Shard| {
+            owned
+                .iter()
+                .find(|owned| owned.shard == shard)
+                .map_or(0, |owned| owned.epoch.0)
+        };
+        let rows = json(due.iter().map(|(shard, id)| {
+            [
+                Field::Number(i64::from(shard.0)),
+                Field::Number(epoch(*shard)),
+                Field::Number(*id),
+            ]
+        }));
+        let from = format!(
+            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (n FOR ORDINALITY, s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
+             i BIGINT PATH '$[2]')) j {} STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = j.i AND o.shard = j.s",
+            self.fence(relay),
+            self.scheduled
+        );
+        format!(
+            "{}; SELECT o.id {from} {}; {}; DELETE o {from}; COMMIT",
+            self.fenced(relay, owned.iter().copied()),
+            locking("UPDATE", "FOR UPDATE", "o"),
+            self.write(&format!("SELECT {OF_O}, j.n {from}"))
+        )
+    }
+
+    pub(crate) fn purge(&self, age: i64, most: usize) -> String {
+        format!(
+            "DELETE FROM {} WHERE processed_at <= {NOW} - INTERVAL {age} * 1000 MICROSECOND \
+             ORDER BY processed_at LIMIT {most}",
+            self.processed
+        )
+    }
+}
+
+/// Counting and searching.
+impl Sql {
+    /// How many there are, up to `most`: in the outbox and in the archive; then the age of the oldest message, the holds
+    /// that wait and that are parked, the dead letters, what is planned; then [`owners`](Self::owners).
+    pub(crate) fn stats(&self, most: usize) -> String {
+        let count = |table: &str| format!("SELECT COUNT(*) FROM (SELECT 1 FROM {table} LIMIT {most}) c; ");
+        format!(
+            "{}{}SELECT -({}) FROM {} ORDER BY id LIMIT 1; \
+             SELECT SUM(NOT parked), SUM(parked) FROM {}; SELECT COUNT(*) FROM {}; SELECT COUNT(*) FROM {}; {}",
+            count(&self.outbox),
+            count(&self.processed),
+            left("created_at"),
+            self.outbox,
+            self.hold,
+            self.dead,
+            self.scheduled,
+            self.owners()
+        )
+    }
+
+    pub(crate) fn now() -> String {
+        format!("SELECT {}", since_1970(NOW))
+    }
+
+    /// Looks at the first `bound` rows of the outbox, or of one shard. The first answer: how many there were, and how
+    /// many of them are meant. The second: the first `most` of these, with how many rows of their shard are before them.
+    pub(crate) fn search(
+        &self,
+        subject: &Subject,
+        shard: Option<Shard>,
+        bound: usize,
+        most: usize,
+    ) -> String {
+        let meant = match subject {
+            Subject::Message(id) => format!("o.message_id = {}", literal(id.as_bytes())),
+            Subject::Key(key) => format!(
+                "o.topic = {} AND o.`key` = {}",
+                text(&key.topic),
+                literal(&key.key)
+            ),
+            Subject::Topic(topic) => format!("o.topic = {}", text(topic)),
+        };
+        let (index, within) = match shard {
+            Some(shard) => (
+                format!("`{}_shard`", self.prefix),
+                format!("WHERE o.shard = {shard}"),
+            ),
+            None => ("PRIMARY".to_owned(), String::new()),
+        };
+        let seen = format!(
+            "(SELECT o.shard, o.id, COALESCE({meant}, FALSE) AS meant FROM {} o FORCE INDEX ({index}) {within} \
+             ORDER BY o.id LIMIT {bound}) s",
+            self.outbox
+        );
+        format!(
+            "SELECT COUNT(*), COALESCE(SUM(s.meant), 0) FROM {seen}; \
+             SELECT f.line - 1, o.shard, o.id, {} FROM (SELECT s.*, ROW_NUMBER() OVER (PARTITION BY s.shard ORDER BY s.id) \
+             AS line FROM {seen}) f STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = f.id WHERE f.meant ORDER BY o.id LIMIT {most}",
+            read("o.key_seq"),
+            self.outbox
+        )
+    }
+
+    /// Looks for an id among what is planned, archived and dead: three answers, and two that tell how many rows there
+    /// are of the first two, up to `bound`, which is how many are looked at.
+    pub(crate) fn elsewhere(&self, id: &[u8], bound: usize, most: usize) -> String {
+        let Self {
+            scheduled,
+            processed,
+            dead,
+            ..
+        } = self;
+        let id = literal(id);
+        format!(
+            "SELECT {}, o.shard, {} FROM (SELECT * FROM {scheduled} ORDER BY id LIMIT {bound}) o \
+             WHERE o.message_id = {id} ORDER BY o.deliver_at, o.id LIMIT {most}; \
+             SELECT o.position, {}, {} FROM (SELECT * FROM {processed} ORDER BY id DESC LIMIT {bound}) o \
+             WHERE o.message_id = {id} LIMIT {most}; \
+             SELECT o.position, {}, o.attempts, o.reason, {} FROM {dead} o WHERE o.message_id = {id} \
+             ORDER BY o.position LIMIT {most}; \
+             SELECT COUNT(*) FROM (SELECT 1 FROM {scheduled} LIMIT {bound}) c; \
+             SELECT COUNT(*) FROM (SELECT 1 FROM {processed} LIMIT {bound}) c",
+            since_1970("o.deliver_at"),
+            read("NULL"),
+            read("o.key_seq"),
+            since_1970("o.processed_at"),
+            read("o.key_seq"),
+            since_1970("o.died_at"),
+        )
+    }
+
+    pub(crate) fn last_number(&self, topic: &str, key: &[u8]) -> String {
+        format!(
+            "SELECT last FROM {} WHERE topic = {} AND `key` = {}",
+            self.numbers,
+            text(topic),
+            literal(key)
+        )
+    }
+}
+
+/// Reading.
+impl Sql {
+    /// The first rows of these shards that are neither held nor in flight. One statement, that is one snapshot.
+    ///
+    /// Who owns most shards goes through the table in its order; who owns few, through these alone.
+    pub(crate) fn fetch(&self, owned: &[OwnedShard], few: bool, passed: &Passed, limit: usize) -> String {
+        let select = |index: &str, whose: &str| {
+            format!(
+                "SELECT o.shard, o.id, {} FROM {} o FORCE INDEX ({index}) WHERE {whose} AND {} ORDER BY o.id LIMIT {limit}",
+                read("o.key_seq"),
+                self.outbox,
+                passed.0
+            )
+        };
+        if few {
+            let index = format!("`{}_shard`", self.prefix);
+            let each: Vec<String> = owned
+                .iter()
+                .map(|owned| format!("({})", select(&index, &format!("o.shard = {}", owned.shard))))
+                .collect();
+            format!("{} ORDER BY 2 LIMIT {limit}", each.join(" UNION ALL "))
+        } else {
+            let shards = list(owned.iter().map(|owned| owned.shard));
+            select("PRIMARY", &format!("o.shard IN ({shards})"))
+        }
+    }
+}
+
+/// The condition that leaves out what must not be returned.
+#[derive(Debug)]
+pub(crate) struct Passed(String);
+
+impl Passed {
+    pub(crate) fn new(in_flight: &[(Shard, Position)], held: &Held) -> Self {
+        let positions = in_flight
+            .iter()
+            .chain(&held.messages)
+            .map(|(_, position)| position);
+        let mut condition = none_of("o.id", positions);
+        if !held.topics.is_empty() {
+            let topics = none_of("o.topic", held.topics.iter().map(|topic| text(topic)));
+            let _ = write!(condition, " AND {topics}");
+        }
+        if !held.keys.is_empty() {
+            let keys = held
+                .keys
+                .iter()
+                .map(|(_, key)| format!("({},{})", text(&key.topic), literal(&key.key)));
+            let keys = none_of("(o.topic, o.`key`)", keys);
+            let _ = write!(condition, " AND (o.`key` IS NULL OR {keys})");
+        }
+        Self(condition)
+    }
+}
+
+/// Making the tables.
+impl Sql {
+    /// Whether a table of this name is there.
+    pub(crate) fn tables(&self) -> String {
+        format!(
+            "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME IN ({})",
+            list(SUFFIXES.iter().map(|suffix| format!("'{}{suffix}'", self.prefix)))
+        )
+    }
+
+    /// Facts that were noted when the outbox was made.
+    pub(crate) fn facts(&self) -> String {
+        format!("SELECT name, value FROM {}", self.meta)
+    }
+
+    /// Keeps others out that migrate this outbox, for as long as the connection lives.
+    pub(crate) fn lock(&self, seconds: u64) -> String {
+        let name = self.lock_name();
+        format!("SELECT GET_LOCK({name}, {seconds})")
+    }
+
+    pub(crate) fn unlock(&self) -> String {
+        format!("SELECT RELEASE_LOCK({})", self.lock_name())
+    }
+
+    /// A lock is the whole server's, and its name short.
+    fn lock_name(&self) -> String {
+        format!(
+            "CONCAT('outbox ', LEFT(SHA2(CONCAT(DATABASE(), '.', '{}'), 256), 40))",
+            self.prefix
+        )
+    }
+
+    /// What is noted first: from then on the tables of these names are ours.
+    pub(crate) fn found(&self, config: &MysqlConfig) -> String {
+        format!(
+            "CREATE TABLE IF NOT EXISTS {meta} (name VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL, \
+             value VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, PRIMARY KEY (name)) ENGINE = InnoDB;\n\
+             INSERT IGNORE INTO {meta} (name, value) VALUES ('identity', UUID()), ('ordering', '{}'), ('shards', '{}')",
+            ordering(config.ordering),
+            config.shards,
+            meta = self.meta
+        )
+    }
+
+    /// What is noted last: a migration that stopped half-way does not pass for a finished one.
+    pub(crate) fn made(&self) -> String {
+        format!(
+            "INSERT INTO {} (name, value) VALUES ('version', '{VERSION}') ON DUPLICATE KEY UPDATE value = VALUES(value)",
+            self.meta
+        )
+    }
+}
+
+pub(crate) const META: &str = "_meta";
+
+const SUFFIXES: [&str; 12] = [
+    "",
+    "_hold",
+    "_dead",
+    "_scheduled",
+    "_processed",
+    "_lease",
+    "_relay",
+    "_sequence",
+    "_inbox",
+    META,
+    "_status",
+    "_id_seq",
+];
+
+/// What the server is, and whether it can be used. MariaDB says its name in its version.
+pub(crate) const SERVER: &str = "SELECT VERSION(), @@global.read_only";
+
+const BEGIN_PROCEDURE: &str = "-- begin procedure\n";
+const END_PROCEDURE: &str = "-- end procedure\n";
+
+/// The tables, views and procedures; nothing happens to those that are there.
+pub(crate) fn tables(config: &MysqlConfig) -> String {
+    let (numbered, insert) = match config.ordering {
+        Ordering::Insert => ("", INSERT_ONE),
+        Ordering::Sequenced => (NUMBERED, NUMBER_AND_INSERT_ONE),
+    };
+    include_str!("../migrations/0001_tables.sql")
+        .replace("{numbered}", numbered)
+        .replace("{insert_one}", insert)
+        .replace("{prefix}", config.prefix.as_str())
+        .replace("{shards}", &config.shards.to_string())
+        .replace(
+            "{each_shard}",
+            &list((0..config.shards).map(|shard| format!("({shard})"))),
+        )
+}
+
+/// The whole migration, for the server's own shell.
+pub(crate) fn migration(config: &MysqlConfig) -> String {
+    let sql = Sql::new(config);
+    format!("{};\n\n{}\n{};\n", sql.found(config), tables(config), sql.made())
+        .replace(BEGIN_PROCEDURE, "DELIMITER //\n")
+        .replace(&format!("END;\n{END_PROCEDURE}"), "END//\nDELIMITER ;\n")
+}
+
+const INSERT_ONE: &str = "\
+INSERT INTO `{prefix}` (topic, `key`, payload, headers, content_type)
+        VALUES (p_topic, p_key, p_payload, p_headers, p_content_type);";
+
+/// A bare INSERT would have no number, and is told by the constraint's name.
+const NUMBERED: &str =
+    ",\n    CONSTRAINT `{prefix}_use_enqueue_procedure` CHECK ((`key` IS NULL) = (key_seq IS NULL))";
+
+/// The counter is locked before the position is drawn: of one key, the order of positions is the order of commits. The
+/// savepoint is not there, and the call fails, where no transaction is open to keep the lock.
+const NUMBER_AND_INSERT_ONE: &str = "\
+IF p_key IS NOT NULL THEN
+            SAVEPOINT outbox_enqueue_needs_a_transaction;
+            RELEASE SAVEPOINT outbox_enqueue_needs_a_transaction;
+            INSERT INTO `{prefix}_sequence` (topic, `key`, last) VALUES (p_topic, p_key, 1)
+            ON DUPLICATE KEY UPDATE last = last + 1;
+        END IF;
+        INSERT INTO `{prefix}` (topic, `key`, payload, headers, content_type, key_seq)
+        VALUES (p_topic, p_key, p_payload, p_headers, p_content_type,
+                (SELECT s.last FROM `{prefix}_sequence` s WHERE s.topic = p_topic AND s.`key` = p_key));";
+
+/// The ordering as it is stored.
+pub(crate) const fn ordering(ordering: Ordering) -> &'static str {
+    match ordering {
+        Ordering::Insert => "insert",
+        Ordering::Sequenced => "sequenced",
+    }
+}
+
+/// The rights of one role, for a database's owner to run.
+pub(crate) fn grants(config: &MysqlConfig, account: &Identifier, relay: bool) -> String {
+    let mut text = String::new();
+    let mut grant = |rights: &str, what: &str, suffixes: &[&str]| {
+        for suffix in suffixes {
+            let _ = writeln!(
+                text,
+                "GRANT {rights} ON {what}`{}{suffix}` TO '{account}'@'%';",
+                config.prefix
+            );
+        }
+    };
+    if relay {
+        grant("SELECT, INSERT, DELETE", "", &[""]);
+        grant(
+            "SELECT, INSERT, UPDATE, DELETE",
+            "",
+            &[
+                "_hold",
+                "_dead",
+                "_scheduled",
+                "_processed",
+                "_lease",
+                "_relay",
+                "_sequence",
+            ],
+        );
+        grant("SELECT", "", &["_meta", "_status"]);
+    } else {
+        let own = format!("INSERT ({MESSAGE})");
+        grant(&own, "", &[""]);
+        grant(&format!("INSERT ({MESSAGE}, deliver_at)"), "", &["_scheduled"]);
+        if config.ordering == Ordering::Sequenced {
+            grant("INSERT (key_seq)", "", &[""]);
+            grant("SELECT, INSERT, UPDATE", "", &["_sequence"]);
+        }
+        grant("SELECT, INSERT, DELETE", "", &["_inbox"]);
+        grant("EXECUTE", "PROCEDURE ", &["_enqueue", "_enqueue_bytes"]);
+    }
+    text
+}
