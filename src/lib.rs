@@ -5,6 +5,9 @@ pub use outbox_core::*;
 /// The Kafka sink and helpers for consumers.
 #[cfg(feature = "kafka")]
 pub use outbox_kafka as kafka;
+/// The store, enqueue and inbox for MySQL and MariaDB.
+#[cfg(feature = "mysql")]
+pub use outbox_mysql as mysql;
 /// The PostgreSQL store, enqueue and inbox.
 #[cfg(feature = "postgres")]
 pub use outbox_postgres as postgres;

@@ -345,6 +345,7 @@ pub(crate) enum ConfigCommand {
 pub(crate) enum ExampleStore {
     Sqlite,
     Postgres,
+    Mysql,
 }
 
 /// Under what the options stand that all commands have.

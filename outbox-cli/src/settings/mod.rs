@@ -27,6 +27,7 @@ pub(crate) fn example(store: ExampleStore) -> String {
     let store = match store {
         ExampleStore::Sqlite => include_str!("example/sqlite.toml"),
         ExampleStore::Postgres => include_str!("example/postgres.toml"),
+        ExampleStore::Mysql => include_str!("example/mysql.toml"),
     };
     [
         include_str!("example/head.toml"),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use outbox::OutboxStore;
+use outbox::mysql::{self, MysqlConfig, MysqlStore};
 use outbox::postgres::{self, PostgresConfig, PostgresStore};
 use outbox::sqlite::{self, SqliteConfig, SqliteStore};
 
@@ -13,13 +14,14 @@ use super::{complain, read_secret, take_type, unknown_type, wrong};
 use crate::exit::{Code, Failure, Result};
 
 /// What `type` may be.
-const EXPECTED: &str = "sqlite or postgres";
+const EXPECTED: &str = "sqlite, postgres or mysql";
 
 /// `[store]`
 #[derive(Debug)]
 pub(crate) enum StoreSettings {
     Sqlite(SqliteConfig),
     Postgres(PostgresConfig),
+    Mysql(MysqlConfig),
 }
 
 /// What a role is for.
@@ -44,6 +46,7 @@ impl StoreSettings {
         match take_type("store", &mut node, EXPECTED)?.as_str() {
             "sqlite" => Ok(Self::Sqlite(section(node)?)),
             "postgres" => Ok(Self::Postgres(section(with_url_from_file(node)?)?)),
+            "mysql" => Ok(Self::Mysql(section(with_url_from_file(node)?)?)),
             other => Err(unknown_type("store", other, EXPECTED)),
         }
     }
@@ -53,6 +56,7 @@ impl StoreSettings {
         match self {
             Self::Sqlite(config) => Ok(Arc::new(SqliteStore::open(config.clone())?)),
             Self::Postgres(config) => Ok(Arc::new(PostgresStore::connect(config.clone()).await?)),
+            Self::Mysql(config) => Ok(Arc::new(MysqlStore::connect(config.clone()).await?)),
         }
     }
 
@@ -77,6 +81,15 @@ impl StoreSettings {
                     to,
                 })
             }
+            Self::Mysql(config) => {
+                let mysql::Migrated { from, to } = mysql::migrate(config).await?;
+                Ok(Migration {
+                    store: "mysql",
+                    prefix: config.prefix.to_string(),
+                    from,
+                    to,
+                })
+            }
         }
     }
 
@@ -85,6 +98,7 @@ impl StoreSettings {
         match self {
             Self::Sqlite(config) => sqlite::migration_sql(config),
             Self::Postgres(config) => postgres::migration_sql(config),
+            Self::Mysql(config) => mysql::migration_sql(config),
         }
     }
 
@@ -106,6 +120,13 @@ impl StoreSettings {
                     &postgres::Identifier::new(role)?,
                 ))
             }
+            Self::Mysql(config) => {
+                let kind = match kind {
+                    RoleKind::Produce => mysql::Role::Produce,
+                    RoleKind::Relay => mysql::Role::Relay,
+                };
+                Ok(mysql::grant_sql(config, kind, &mysql::Identifier::new(role)?))
+            }
         }
     }
 
@@ -114,6 +135,7 @@ impl StoreSettings {
         match self {
             Self::Sqlite(config) => format!("sqlite {}", config.path.display()),
             Self::Postgres(config) => config.describe(),
+            Self::Mysql(config) => config.describe(),
         }
     }
 }

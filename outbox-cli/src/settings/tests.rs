@@ -1,5 +1,6 @@
 //! What is understood, and what is refused how.
 
+use outbox::mysql::MysqlConfig;
 use outbox::postgres::PostgresConfig;
 use outbox::sqlite::SqliteConfig;
 
@@ -72,13 +73,23 @@ fn the_example_shows_all_settings_and_their_defaults() {
 /// What is written out for PostgreSQL is what the crate does by itself.
 #[test]
 fn the_example_for_postgres_shows_the_defaults() {
-    let example = example(ExampleStore::Postgres);
+    let default = PostgresConfig::new("postgres://relay@localhost/app");
+    shows_the_defaults(ExampleStore::Postgres, &format!("{default:?}"));
+}
+
+#[test]
+fn the_example_for_mysql_shows_the_defaults() {
+    let default = MysqlConfig::new("mysql://relay@localhost/app");
+    shows_the_defaults(ExampleStore::Mysql, &format!("{default:?}"));
+}
+
+fn shows_the_defaults(store: ExampleStore, default: &str) {
+    let example = example(store);
     let store = |text: &str| match load(text, &[]).unwrap().store {
         StoreSettings::Postgres(config) => format!("{config:?}"),
+        StoreSettings::Mysql(config) => format!("{config:?}"),
         other => panic!("{other:?}"),
     };
-    let url = "postgres://relay@localhost/app";
-    let default = format!("{:?}", PostgresConfig::new(url));
     let written: String = example
         .lines()
         .map(|line| match line.strip_prefix('#') {
@@ -92,7 +103,7 @@ fn the_example_for_postgres_shows_the_defaults() {
     assert_eq!(store(&written), default);
     // Nothing that can be set is missing: the names are those that `Debug` shows.
     for field in default.split(", ").filter_map(|part| part.split_once(": ")) {
-        let name = field.0.trim_start_matches("PostgresConfig { ");
+        let name = field.0.rsplit(' ').next().unwrap();
         let known = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
         let inner = ["limits", "max_headers", "require_key"].contains(&name);
         assert!(inner || example.lines().any(known), "{name} is missing");
