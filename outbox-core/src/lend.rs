@@ -135,7 +135,21 @@ impl<C> Shared<C> {
     }
 }
 
-/// A connection that is lent. See [`Lender`].
+/// A connection that is lent by a [`Lender`].
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::{Lender, Lent};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> outbox_core::Result<()> {
+/// let lender = Lender::new(1, Duration::from_secs(10));
+/// let lent: Lent<u32> = lender.lend("fetch", async || Ok(1)).await?;
+/// drop(lent); // something failed: this connection is closed, and its place is free again
+/// lender.lend("fetch", async || Ok(2)).await?.give_back();
+/// # Ok(())
+/// # }
+/// ```
 pub struct Lent<C> {
     /// None once it is given back.
     connection: Option<C>,

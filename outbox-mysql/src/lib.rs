@@ -8,6 +8,8 @@ mod inbox;
 mod inspect;
 mod operate;
 mod reader;
+#[cfg(test)]
+mod real_plans;
 mod row;
 mod schema;
 mod session;

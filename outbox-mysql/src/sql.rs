@@ -357,21 +357,23 @@ impl Sql {
         )
     }
 
-    /// Begins a transaction and locks the leases of these shards against a take-over, in one order. The third answer,
-    /// whose index is [`FENCED`], are those that the relay holds. A statement that joins [`fence`](Self::fence) touches
-    /// only these.
+    /// Begins a transaction and locks the leases of these shards against a take-over, in one order. The answer at
+    /// [`FENCED`] are those that the relay holds, once they are locked: it may have waited beyond their end. A statement
+    /// that joins [`fence`](Self::fence) touches only these.
     fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
         let mut owned: Vec<OwnedShard> = owned.into_iter().collect();
         owned.sort_unstable();
+        let rows = shards(owned);
+        let named =
+            format!("JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j");
         format!(
-            "START TRANSACTION; SET @outbox_now = {NOW}; \
-             SELECT l.shard FROM JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
-             STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s WHERE l.epoch = j.e AND l.owner = {} \
-             AND l.until > @outbox_now {}",
-            shards(owned),
+            "START TRANSACTION; \
+             SELECT COUNT(*) FROM {named} STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s {}; \
+             SET @outbox_now = {NOW}; \
+             SELECT l.shard FROM {named} {}",
             self.lease,
-            text(relay),
             locking("SHARE", "LOCK IN SHARE MODE", "l"),
+            self.fence(relay)
         )
     }
 
@@ -387,7 +389,7 @@ impl Sql {
 }
 
 /// Where the answer is of which shards are held.
-pub(crate) const FENCED: usize = 2;
+pub(crate) const FENCED: usize = 3;
 
 /// Settling.
 impl Sql {

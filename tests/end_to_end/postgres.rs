@@ -17,14 +17,12 @@ use outbox::postgres::{PostgresConfig, PostgresInbox, PostgresOutbox, PostgresSt
 use outbox::{Identifier, Message, MessageId, Ordering, OutboxStore, Receive};
 use tokio::runtime::{Handle, Runtime};
 
-use self::sampler::Sampler;
 use crate::proof::oracle::Arrived;
 use crate::proof::writer::{End, Producer};
 use crate::stage::database::{Database, Killable, interrupted};
+use crate::stage::sampler::{Idle, Sampler, Sight};
 use crate::stage::services::OwnServer;
 use crate::stage::{say, until};
-
-mod sampler;
 
 /// A schema of its own, which goes with it.
 #[derive(Debug)]
@@ -105,7 +103,7 @@ impl<K: Kind> Database for Postgres<K> {
             pool
         });
         Self {
-            sampler: Sampler::start(options.clone(), relays),
+            sampler: watch(options.clone(), relays),
             config,
             options,
             pool,
@@ -250,6 +248,41 @@ impl<K> Drop for Postgres<K> {
         let drop = format!("DROP SCHEMA \"{schema}\" CASCADE");
         let _ = self.runtime.block_on(self.pool.execute(AssertSqlSafe(drop)));
     }
+}
+
+/// Watches the connections of this application.
+fn watch(options: PgConnectOptions, application: String) -> Sampler {
+    let mut connection = None;
+    Sampler::start(async move || {
+        if connection.is_none() {
+            connection = PgConnection::connect_with(&options).await.ok();
+        }
+        let sight = look(connection.as_mut()?, &application).await.ok();
+        if sight.is_none() {
+            connection = None;
+        }
+        sight
+    })
+}
+
+async fn look(connection: &mut PgConnection, application: &str) -> sqlx::Result<Sight> {
+    let (connections, idle, after): (i64, f64, String) = sqlx::query_as(
+        "SELECT count(*) OVER (), \
+                CASE WHEN state LIKE 'idle in transaction%' THEN extract(epoch FROM clock_timestamp() - state_change) \
+                ELSE 0 END::float8 AS idle, query \
+           FROM pg_stat_activity WHERE application_name = $1 \
+         UNION ALL SELECT 0, 0, '' ORDER BY idle DESC, 1 DESC LIMIT 1",
+    )
+    .bind(application)
+    .fetch_one(connection)
+    .await?;
+    Ok(Sight {
+        connections: usize::try_from(connections).unwrap(),
+        idle: Idle {
+            time: Duration::from_secs_f64(idle.max(0.0)),
+            after,
+        },
+    })
 }
 
 /// The server that all tests share.

@@ -1,5 +1,10 @@
 //! What several tests need: an outbox of its own on a real server.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test file uses a part of it"
+)]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -27,6 +32,25 @@ pub(crate) enum Server {
 }
 
 pub(crate) const SERVERS: [Server; 2] = [Server::Mysql, Server::Mariadb];
+
+/// Makes a test for each server of functions that take one.
+macro_rules! on_each_server {
+    ($($name:ident),+ $(,)?) => {
+        on_each_server!(@ mysql, Mysql, $($name),+);
+        on_each_server!(@ mariadb, Mariadb, $($name),+);
+    };
+    (@ $server:ident, $variant:ident, $($name:ident),+) => {
+        mod $server {
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $name() {
+                    super::$name(super::common::Server::$variant).await;
+                }
+            )+
+        }
+    };
+}
+pub(crate) use on_each_server;
 
 impl Server {
     const fn name(self) -> &'static str {

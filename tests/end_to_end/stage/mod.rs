@@ -8,6 +8,7 @@
 pub(crate) mod database;
 pub(crate) mod kafka;
 pub(crate) mod relay;
+pub(crate) mod sampler;
 pub(crate) mod services;
 
 use std::collections::HashMap;

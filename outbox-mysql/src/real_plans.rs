@@ -1,0 +1,229 @@
+//! How real servers carry out the statements that run all the time: by an index, row by row that is named, however
+//! full the table is and whatever is open in it. Here and not among the tests outside, because only here the texts are
+//! known.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic in a test is a failure with a place"
+)]
+
+use std::sync::Arc;
+
+use outbox_core::{
+    Death, Epoch, Held, Hold, HoldChange, HoldRef, HoldScope, HoldState, OrderKey, OwnedShard, Position,
+    RecordRef, RelayId, Settlement, Shard, ShardSettlement,
+};
+use sqlx::mysql::MySqlConnection;
+use sqlx::{Connection, Executor, Row};
+
+use crate::config::MysqlConfig;
+use crate::schema::migrate;
+use crate::sql::{Passed, Sql, safe};
+
+/// An outbox of its own, and a transaction that is open in it.
+struct Place {
+    database: String,
+    config: MysqlConfig,
+    sql: Sql,
+    control: MySqlConnection,
+    open: MySqlConnection,
+}
+
+impl Place {
+    async fn new(variable: &str, rows: usize) -> Self {
+        let url = std::env::var(variable).unwrap_or_else(|_| {
+            panic!("{variable} is not set: run scripts/services start, then eval \"$(scripts/services env)\"")
+        });
+        let database = format!("t_{}_{:08x}", std::process::id(), fastrand::u32(..));
+        let mut control = MySqlConnection::connect(&url).await.unwrap();
+        let make = format!("CREATE DATABASE `{database}`; USE `{database}`");
+        control.execute(safe(make)).await.unwrap();
+        let (server, _) = url.rsplit_once('/').unwrap();
+        let config = MysqlConfig::new(format!("{server}/{database}"));
+        migrate(&config).await.unwrap();
+        let fill = format!(
+            "INSERT INTO outbox (topic, `key`, payload) SELECT 't', CONCAT('k', j.n % 5000), 'payload' \
+             FROM JSON_TABLE('[{}]', '$[*]' COLUMNS (n FOR ORDINALITY)) j",
+            vec!["0"; rows].join(",")
+        );
+        control.execute(safe(fill)).await.unwrap();
+        control.execute("ANALYZE TABLE outbox").await.unwrap();
+        let mut open = MySqlConnection::connect(&format!("{server}/{database}"))
+            .await
+            .unwrap();
+        open.execute(
+            "START TRANSACTION; INSERT INTO outbox (topic, `key`, payload) VALUES ('t', 'open', '')",
+        )
+        .await
+        .unwrap();
+        Self {
+            database,
+            sql: Sql::new(&config),
+            config,
+            control,
+            open,
+        }
+    }
+
+    /// Index and kind of access for each table of a statement, and whether anything is sorted.
+    async fn plan(&mut self, statement: &str) -> (Vec<(String, String, String)>, bool) {
+        let explain = format!("EXPLAIN FORMAT=TRADITIONAL {statement}");
+        let rows = sqlx::raw_sql(safe(explain.clone()))
+            .fetch_all(&mut self.control)
+            .await
+            .unwrap_or_else(|error| panic!("{error}: {explain}"));
+        let text = |row: &sqlx::mysql::MySqlRow, name: &str| {
+            row.try_get_unchecked::<Option<String>, _>(name)
+                .unwrap()
+                .unwrap_or_default()
+        };
+        let sorted = rows.iter().any(|row| text(row, "Extra").contains("filesort"));
+        let accesses = rows
+            .iter()
+            .map(|row| (text(row, "table"), text(row, "type"), text(row, "key")))
+            .collect();
+        (accesses, sorted)
+    }
+
+    /// Each row of `table` that a script of a settlement names is looked up by the primary key.
+    async fn looks_up(&mut self, script: &str, begin: &str, table: &str) {
+        let statement = script
+            .split("; ")
+            .find(|part| part.starts_with(begin))
+            .unwrap()
+            .to_owned();
+        let (plan, _) = self.plan(&statement).await;
+        let (_, access, index) = plan.iter().find(|(name, ..)| name == table).unwrap().clone();
+        assert_eq!(index, "PRIMARY", "{begin}: {plan:?}");
+        assert!(
+            ["eq_ref", "ref", "const"].contains(&access.as_str()),
+            "{begin}: {plan:?}"
+        );
+    }
+
+    async fn gone(mut self) {
+        self.open.execute("ROLLBACK").await.unwrap();
+        let drop = format!("DROP DATABASE `{}`", self.database);
+        self.control.execute(safe(drop)).await.unwrap();
+    }
+}
+
+fn owned(shards: u16) -> Vec<OwnedShard> {
+    let owned = |shard| OwnedShard {
+        shard: Shard(shard),
+        epoch: Epoch(1),
+    };
+    (0..shards).map(owned).collect()
+}
+
+/// Names everything that a settlement can name.
+fn settlement() -> Settlement {
+    let record = |position: i64| RecordRef {
+        position: Position(position),
+        id: outbox_core::MessageId::from_bytes([1; 16]),
+    };
+    let key = HoldScope::Key(OrderKey {
+        topic: "t".into(),
+        key: "k1".into(),
+    });
+    Settlement {
+        relay: RelayId::new("relay"),
+        shards: vec![ShardSettlement {
+            delivered: (1..=10).map(record).collect(),
+            dead: vec![Death {
+                record: record(11),
+                attempts: 1,
+                reason: "why".into(),
+            }],
+            holds: vec![
+                HoldChange::Put(Hold {
+                    shard: Shard(0),
+                    scope: key,
+                    head: record(12),
+                    attempts: 1,
+                    state: HoldState::Parked,
+                    reason: "why".into(),
+                }),
+                HoldChange::Clear(HoldRef {
+                    shard: Shard(0),
+                    scope: HoldScope::Topic("t".into()),
+                    head: record(13),
+                }),
+            ],
+            ..ShardSettlement::new(Shard(0), Epoch(1))
+        }],
+    }
+}
+
+async fn everything_is_looked_up(variable: &str) {
+    for rows in [1, 200, 20_000] {
+        let mut place = Place::new(variable, rows).await;
+        place
+            .control
+            .execute("SET @outbox_now = UTC_TIMESTAMP(6)")
+            .await
+            .unwrap();
+
+        let script = place.sql.settle(&settlement());
+        place.looks_up(&script, "SELECT COUNT(*)", "l").await;
+        for (begin, table) in [
+            ("DELETE o", "l"),
+            ("DELETE o", "o"),
+            ("INSERT INTO `outbox_dead`", "o"),
+            ("DELETE h", "h"),
+        ] {
+            place.looks_up(&script, begin, table).await;
+        }
+        let archive = MysqlConfig {
+            archive: true,
+            ..place.config.clone()
+        };
+        let script = Sql::new(&archive).settle(&settlement());
+        place
+            .looks_up(&script, "INSERT INTO `outbox_processed`", "o")
+            .await;
+        let due: Vec<(Shard, i64)> = (1..=10).map(|id| (Shard(0), id)).collect();
+        let script = place.sql.promote("relay", &owned(1), &due);
+        place.looks_up(&script, "DELETE o", "o").await;
+
+        // Reading goes through an index in its order, and sorts nothing but what the shards of few gave.
+        let held = Held {
+            topics: [Arc::from("held")].into(),
+            keys: [(
+                Shard(0),
+                OrderKey {
+                    topic: "t".into(),
+                    key: "k1".into(),
+                },
+            )]
+            .into(),
+            ..Held::default()
+        };
+        let in_flight: Vec<(Shard, Position)> = (1..=100).map(|id| (Shard(0), Position(id))).collect();
+        let passed = Passed::new(&in_flight, &held);
+        let all = place.sql.fetch(&owned(64), false, &passed, 500);
+        let (plan, sorted) = place.plan(&all).await;
+        assert!(
+            plan.iter().all(|(.., index)| index == "PRIMARY") && !sorted,
+            "{plan:?}"
+        );
+        let few = place.sql.fetch(&owned(2), true, &passed, 500);
+        let (plan, _) = place.plan(&few).await;
+        let own: Vec<_> = plan.iter().filter(|(table, ..)| table == "o").collect();
+        assert!(
+            own.len() == 2 && own.iter().all(|(.., index)| index == "outbox_shard"),
+            "{plan:?}"
+        );
+        place.gone().await;
+    }
+}
+
+#[tokio::test]
+async fn everything_is_looked_up_by_mysql() {
+    everything_is_looked_up("OUTBOX_TEST_MYSQL").await;
+}
+
+#[tokio::test]
+async fn everything_is_looked_up_by_mariadb() {
+    everything_is_looked_up("OUTBOX_TEST_MARIADB").await;
+}
