@@ -139,7 +139,7 @@ impl MysqlOutbox {
 
     /// Draws the numbers of these messages.
     async fn draw(&self, connection: &mut MySqlConnection, messages: &[&Message]) -> Result<Numbers> {
-        let mut counts = BTreeMap::<(&str, &[u8]), usize>::new();
+        let mut counts = BTreeMap::<(&str, &[u8]), i64>::new();
         for message in messages {
             if let Some(key) = message.key() {
                 *counts.entry((message.topic(), key.as_ref())).or_default() += 1;
@@ -148,18 +148,34 @@ impl MysqlOutbox {
         if counts.is_empty() {
             return Ok(Numbers::default());
         }
-        let keys = counts.iter().map(|((topic, key), count)| (*topic, *key, *count));
-        let drawn = run(connection, self.sql.draw(keys), DURING)
+        run(connection, Sql::in_transaction(), DURING)
             .await
             .map_err(needs_a_transaction)?;
+        // In one order: who draws once cannot be in a deadlock with another who does.
+        let counts: Vec<_> = counts.into_iter().collect();
         let mut numbers = Numbers::default();
-        for row in drawn.rows(3) {
-            let topic = text(row, 0).during(DURING)?.unwrap_or_default().to_owned();
-            let key = key(row, 1).during(DURING)?.to_vec();
-            let last = number(row, 2).during(DURING)?;
-            let count = counts.get(&(&*topic, &*key)).copied().unwrap_or_default();
-            let before = last.saturating_sub(i64::try_from(count).unwrap_or(i64::MAX));
-            numbers.0.insert((topic, key), before);
+        for chunk in counts.chunks(MOST_ROWS) {
+            let kept = chunk.len() <= KEPT_ROWS;
+            let (draw, drawn) = (self.sql.draw(chunk.len()), self.sql.drawn(chunk.len()));
+            let (mut draw, mut drawn) = (draw.query().persistent(kept), drawn.query().persistent(kept));
+            for ((topic, key), count) in chunk {
+                draw = draw.bind(*topic).bind(*key).bind(*count);
+                drawn = drawn.bind(*topic).bind(*key);
+            }
+            execute(draw, connection).await?;
+            for row in &drawn.fetch_all(&mut *connection).await.during(DURING)? {
+                let name = (
+                    text(row, 0).during(DURING)?.unwrap_or_default().to_owned(),
+                    key(row, 1).during(DURING)?.to_vec(),
+                );
+                numbers.0.insert(name, number(row, 2).during(DURING)?);
+            }
+        }
+        // What was drawn here begins behind what had been given before.
+        for ((topic, key), count) in counts {
+            if let Some(last) = numbers.0.get_mut(&(topic.to_owned(), key.to_vec())) {
+                *last -= count;
+            }
         }
         Ok(numbers)
     }

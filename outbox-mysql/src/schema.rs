@@ -77,14 +77,19 @@ async fn make(session: &mut Session, config: &MysqlConfig, sql: &Sql) -> Result<
     if facts.is_none() {
         let taken = session.run(sql.tables()).await?;
         if let Some(row) = taken.rows(0).first() {
-            let table = text(row, 0).during(DURING)?.unwrap_or_default();
+            let name = text(row, 0).during(DURING)?.unwrap_or_default();
             return Err(Error::new(
                 ErrorKind::Schema,
                 DURING,
-                "a table of such a name exists that is none of ours: choose another prefix",
+                "a table or procedure of such a name exists that is none of ours: choose another prefix",
             )
-            .with("table", table));
+            .with("name", name));
         }
+    }
+    if facts
+        .as_ref()
+        .is_none_or(|facts| !facts.0.contains_key("version"))
+    {
         session.run(sql.found(config)).await?;
         facts = Facts::read(session, config, sql).await?;
     }

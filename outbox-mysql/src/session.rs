@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use outbox_core::{ErrorKind, Lender, Lent, Result, within};
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
-use sqlx::{Connection, Either};
+use sqlx::{ConnectOptions, Connection, Either};
 
 use crate::config::MysqlConfig;
 use crate::error::During;
@@ -38,7 +38,8 @@ impl Opening {
         let limit = config.statement_timeout;
         let (seconds, millis) = (limit.as_secs_f64(), limit.as_millis());
         Ok(Self {
-            options: config.options()?,
+            // The text of a script holds keys and reasons, which no log should have.
+            options: config.options()?.disable_statement_logging(),
             // Locks are waited for and then seen as they are, whatever the server's default. Values are refused, not
             // bent. The two servers have their own names for the limit of a statement.
             settings: format!(

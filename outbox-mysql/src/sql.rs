@@ -149,7 +149,7 @@ fn locking(mysql: &str, mariadb: &str, table: &str) -> String {
 /// size comes instead.
 fn read(key_seq: &str) -> String {
     let size = "COALESCE(OCTET_LENGTH(o.payload), 0) + COALESCE(OCTET_LENGTH(o.headers), 0)";
-    let large = format!("{size} > @@max_allowed_packet - 65536");
+    let large = format!("{size} > @@max_allowed_packet");
     format!(
         "o.message_id, o.topic, o.`key`, IF({large}, NULL, o.payload), IF({large}, NULL, o.headers), o.content_type, {}, \
          IF({large}, {size}, NULL), {key_seq}",
@@ -232,22 +232,27 @@ impl Sql {
         ))
     }
 
-    /// Draws numbers for keys, given with their counts, in one order: who draws once cannot be in a deadlock with
-    /// another who does. The second statement refuses to go on outside a transaction, where counters would be free again
-    /// before the messages are there; the last one tells the last number of each.
-    pub(crate) fn draw<'k>(&self, keys: impl Iterator<Item = (&'k str, &'k [u8], usize)> + Clone) -> String {
-        let numbers = &self.numbers;
-        let rows = list(
-            keys.clone()
-                .map(|(topic, key, count)| format!("({},{},{count})", text(topic), literal(key))),
-        );
-        let names = list(keys.map(|(topic, key, _)| format!("({},{})", text(topic), literal(key))));
-        format!(
-            "SAVEPOINT {SAVEPOINT}; RELEASE SAVEPOINT {SAVEPOINT}; \
-             INSERT INTO {numbers} (topic, `key`, last) VALUES {rows} \
-             ON DUPLICATE KEY UPDATE last = last + VALUES(last); \
-             SELECT topic, `key`, last FROM {numbers} WHERE (topic, `key`) IN ({names})"
-        )
+    /// Fails outside a transaction, where counters would be free again before the messages are there.
+    pub(crate) fn in_transaction() -> String {
+        format!("SAVEPOINT {SAVEPOINT}; RELEASE SAVEPOINT {SAVEPOINT}")
+    }
+
+    /// Draws numbers for so many keys: topic, key and how many.
+    pub(crate) fn draw(&self, keys: usize) -> Statement {
+        Statement::new(format!(
+            "INSERT INTO {} (topic, `key`, last) VALUES {} ON DUPLICATE KEY UPDATE last = last + VALUES(last)",
+            self.numbers,
+            list(std::iter::repeat_n("(?,?,?)", keys))
+        ))
+    }
+
+    /// The last numbers of so many keys: topic and key.
+    pub(crate) fn drawn(&self, keys: usize) -> Statement {
+        Statement::new(format!(
+            "SELECT topic, `key`, last FROM {} WHERE (topic, `key`) IN ({})",
+            self.numbers,
+            list(std::iter::repeat_n("(?,?)", keys))
+        ))
     }
 
     /// Writes rows, which a SELECT gives as the columns of a message and `n`, in the order of `n`, with their numbers
@@ -894,11 +899,14 @@ impl Passed {
 
 /// Making the tables.
 impl Sql {
-    /// Whether a table of this name is there.
+    /// Which tables and procedures are there whose names are those of ours.
     pub(crate) fn tables(&self) -> String {
+        let prefix = &self.prefix;
+        let names = list(SUFFIXES.iter().map(|suffix| format!("'{prefix}{suffix}'")));
         format!(
-            "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME IN ({})",
-            list(SUFFIXES.iter().map(|suffix| format!("'{}{suffix}'", self.prefix)))
+            "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME IN ({names}) \
+             UNION ALL SELECT ROUTINE_NAME FROM information_schema.ROUTINES WHERE ROUTINE_SCHEMA = DATABASE() \
+             AND ROUTINE_NAME IN ('{prefix}_enqueue', '{prefix}_enqueue_bytes')"
         )
     }
 

@@ -600,6 +600,18 @@ async fn drain(place: &Place, sink: &MemorySink) {
         .unwrap();
 }
 
+/// As large as its limit lets a producer write it, all but.
+async fn what_the_server_takes_is_delivered(server: Server) {
+    let place = one_shard(server, Ordering::Insert).await;
+    let most = place.number("SELECT CAST(@@max_allowed_packet AS SIGNED)").await;
+    sqlx::query("INSERT INTO outbox (topic, payload) VALUES ('t', ?)")
+        .bind(vec![b'p'; usize::try_from(most).unwrap() - 1_000])
+        .execute(&mut place.connect().await)
+        .await
+        .unwrap();
+    assert_eq!(place.fetch(10).await[0].defect, None);
+}
+
 /// Two columns that fit one by one, and together do not. The server's limit is everybody's, and left alone.
 async fn what_the_server_cannot_send_is_a_dead_letter_alone(server: Server) {
     let place = one_shard(server, Ordering::Insert).await;
@@ -761,6 +773,7 @@ async fn run_on(connection: &mut sqlx::MySqlConnection, place: &Place, sql: &str
 }
 
 on_each_server!(
+    what_the_server_takes_is_delivered,
     one_call_is_enough,
     three_columns_are_enough,
     bytes_are_exact_through_the_shell,

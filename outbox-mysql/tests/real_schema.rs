@@ -9,15 +9,17 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::{Place, Server, delivered, done, message, on_each_server, request, shell, unique};
 use outbox_core::{
-    DeadLetterQuery, Death, ErrorKind, LeaseRequest, Membership, MemorySink, Message, Ordering, OutboxStore,
-    Receive, Record, Relay, RelayId,
+    DeadLetterQuery, Death, ErrorKind, Hold, HoldChange, HoldScope, HoldState, LeaseRequest, Membership,
+    MemorySink, Message, Ordering, OutboxStore, Receive, Record, Relay, RelayConfig, RelayId, Subject,
 };
 use outbox_mysql::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection};
-use outbox_mysql::{Identifier, MysqlConfig, MysqlInbox, MysqlOutbox, MysqlStore, migrate, migration_sql};
+use outbox_mysql::{
+    Identifier, MysqlConfig, MysqlInbox, MysqlOutbox, MysqlStore, Role, grant_sql, migrate, migration_sql,
+};
 
 const ORDERINGS: [Ordering; 2] = [Ordering::Insert, Ordering::Sequenced];
 
@@ -249,7 +251,7 @@ async fn what_was_half_made_is_finished_as_it_was_begun(server: Server) {
     }
 }
 
-/// Stopped after each of the migration's parts.
+/// Stopped after every other of the migration's parts.
 async fn a_migration_that_stopped_anywhere_is_finished(server: Server) {
     let begun = MysqlConfig {
         shards: 4,
@@ -258,7 +260,7 @@ async fn a_migration_that_stopped_anywhere_is_finished(server: Server) {
     let sql = migration_sql(&begun);
     let parts: Vec<&str> = sql.split("\n\n").collect();
     assert!(parts.len() > 12, "{}", parts.len());
-    for stop in 1..parts.len() {
+    for stop in (1..parts.len()).step_by(2) {
         let empty = Empty::new(server);
         empty.run(&parts[..stop].join("\n\n"));
         assert_eq!(refused(&empty.config).await.kind(), ErrorKind::Schema);
@@ -393,17 +395,20 @@ async fn names_that_grow_out_of_another_are_refused_or_harmless(server: Server) 
 async fn any_name_that_is_allowed_works(server: Server) {
     let empty = Empty::new(server);
     let longest = "a".repeat(Identifier::MAX_PREFIX_BYTES);
-    for prefix in ["select", "table", "user", "_", "__", "Z9", &longest] {
-        for ordering in ORDERINGS {
-            let database = Empty::new(server);
-            let config = MysqlConfig {
-                ordering,
-                shards: 2,
-                ..database.config.clone().with_prefix(prefix).unwrap()
-            };
-            migrate(&config).await.unwrap();
-            is_alive(server, &database.database, &config).await;
-        }
+    for (prefix, ordering) in [
+        ("select", Ordering::Insert),
+        ("_", Ordering::Sequenced),
+        (&*longest, Ordering::Insert),
+        (&*longest, Ordering::Sequenced),
+    ] {
+        let empty = Empty::new(server);
+        let config = MysqlConfig {
+            ordering,
+            shards: 2,
+            ..empty.config.clone().with_prefix(prefix).unwrap()
+        };
+        migrate(&config).await.unwrap();
+        is_alive(server, &empty.database, &config).await;
     }
     let longer = "a".repeat(Identifier::MAX_PREFIX_BYTES + 1);
     let config = empty.config.clone().with_prefix(&longer).unwrap();
@@ -562,7 +567,342 @@ async fn hostile_messages_are_data(server: Server) {
     assert_eq!(reasons, hostile);
 }
 
+/// An outbox, and three accounts of the server's: a producer, a relay, and one to whom nothing is granted.
+struct Roles {
+    place: Place,
+    producer: Identifier,
+    relay: Identifier,
+    stranger: Identifier,
+}
+
+impl Roles {
+    async fn new(server: Server, ordering: Ordering) -> Self {
+        let place = Place::with(server, |config| {
+            config.ordering = ordering;
+            config.archive = true;
+            config.shards = 1;
+        })
+        .await;
+        let [producer, relay, stranger] = ["p", "r", "s"].map(|role| Identifier::new(&unique(role)).unwrap());
+        for name in [&producer, &relay, &stranger] {
+            done(server, &server.url(), &format!("CREATE USER '{name}'@'%'"));
+        }
+        let owner = server.database(&place.database);
+        for (role, name) in [(Role::Produce, &producer), (Role::Relay, &relay)] {
+            done(server, &owner, &grant_sql(&place.config, role, name));
+        }
+        Self {
+            place,
+            producer,
+            relay,
+            stranger,
+        }
+    }
+
+    fn url(&self, account: &Identifier) -> String {
+        let url = self.place.server.database(&self.place.database);
+        let (_, address) = url.rsplit_once('@').unwrap();
+        format!("mysql://{account}@{address}")
+    }
+
+    fn config(&self, account: &Identifier) -> MysqlConfig {
+        MysqlConfig {
+            url: self.url(account).into(),
+            ..self.place.config.clone()
+        }
+    }
+
+    fn run(&self, account: &Identifier, sql: &str) -> String {
+        done(self.place.server, &self.url(account), &self.place.named(sql))
+    }
+
+    /// That the account may not do it; not that it fails for another reason.
+    fn denied(&self, account: &Identifier, sql: &str) {
+        let output = shell(self.place.server, &self.url(account), self.place.named(sql));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.to_lowercase().contains("denied"),
+            "{sql}: {said}"
+        );
+    }
+}
+
+impl Drop for Roles {
+    fn drop(&mut self) {
+        let server = self.place.server;
+        for name in [&self.producer, &self.relay, &self.stranger] {
+            shell(server, &server.url(), format!("DROP USER IF EXISTS '{name}'@'%'"));
+        }
+    }
+}
+
+fn scheduled(key: &str) -> Message {
+    Message::builder("t")
+        .key(key.to_owned())
+        .payload("later")
+        .deliver_at(SystemTime::now() + Duration::from_secs(3600))
+        .build()
+        .unwrap()
+}
+
+async fn enqueued(place: &Place, connection: &mut MySqlConnection, messages: &[Message]) {
+    let mut tx = connection.begin().await.unwrap();
+    place.outbox.enqueue_many(&mut tx, messages).await.unwrap();
+    tx.commit().await.unwrap();
+}
+
+async fn a_producer_may_enqueue_and_receive_and_nothing_else(server: Server) {
+    for ordering in ORDERINGS {
+        let roles = Roles::new(server, ordering).await;
+        let (place, producer) = (&roles.place, &roles.producer);
+        let mut connection = MySqlConnection::connect(&roles.url(producer)).await.unwrap();
+        let one = message("t", Some("k"), "p");
+        let headers = Message::builder("t")
+            .header("h", "v")
+            .content_type("a/b")
+            .build()
+            .unwrap();
+        enqueued(place, &mut connection, std::slice::from_ref(&one)).await;
+        enqueued(
+            place,
+            &mut connection,
+            &[message("t", Some("k"), "p"), headers, scheduled("k")],
+        )
+        .await;
+        for call in [
+            "{_enqueue}('t', 'k', 'p')",
+            "{_enqueue_bytes}('t', X'00', X'FF', '{\"a\": \"b\"}', 'text/plain', NULL)",
+            "{_enqueue_bytes}('t', 'k', 'p', NULL, NULL, UTC_TIMESTAMP(6) + INTERVAL 1 HOUR)",
+        ] {
+            roles.run(producer, &format!("START TRANSACTION; CALL {call}; COMMIT"));
+        }
+        let key = if ordering == Ordering::Insert {
+            "'k'"
+        } else {
+            "NULL"
+        };
+        roles.run(
+            producer,
+            &format!("INSERT INTO {{}} (topic, `key`, payload) VALUES ('t', {key}, 'p')"),
+        );
+        assert_eq!(place.number("SELECT COUNT(*) FROM {}").await, 6);
+        assert_eq!(place.number("SELECT COUNT(*) FROM {_scheduled}").await, 2);
+
+        let inbox = MysqlInbox::new(&place.config).unwrap();
+        for expected in [Receive::Fresh, Receive::Duplicate] {
+            let receive = inbox.receive(&mut connection, "c", one.id()).await.unwrap();
+            assert_eq!(receive, expected);
+        }
+        let age = Duration::from_secs(7200);
+        assert_eq!(inbox.purge(&mut connection, age, 10).await.unwrap(), 0);
+
+        for sql in [
+            "SELECT COUNT(*) FROM {}",
+            "SELECT payload FROM {}",
+            "DELETE FROM {}",
+            "UPDATE {} SET payload = NULL",
+            "TRUNCATE {}",
+            "INSERT INTO {} (id, topic) VALUES (1, 't')",
+            "SELECT * FROM {_lease}",
+            "UPDATE {_lease} SET owner = 'me'",
+            "SELECT * FROM {_relay}",
+            "SELECT * FROM {_dead}",
+            "DELETE FROM {_dead}",
+            "INSERT INTO {_dead} (position) VALUES (1)",
+            "SELECT * FROM {_hold}",
+            "DELETE FROM {_hold}",
+            "SELECT * FROM {_scheduled}",
+            "UPDATE {_scheduled} SET deliver_at = '1970-01-01'",
+            "DELETE FROM {_scheduled}",
+            "SELECT * FROM {_processed}",
+            "SELECT * FROM {_status}",
+            "SELECT * FROM {_meta}",
+            "UPDATE {_meta} SET value = '0'",
+            "DELETE FROM {_sequence}",
+            "UPDATE {_inbox} SET consumer = 'me'",
+            "ALTER TABLE {} ADD mine INT",
+            "DROP TABLE {}",
+            "DROP PROCEDURE {_enqueue}",
+        ] {
+            roles.denied(producer, sql);
+        }
+        if ordering == Ordering::Insert {
+            roles.denied(producer, "SELECT * FROM {_sequence}");
+            roles.denied(producer, "INSERT INTO {} (topic, key_seq) VALUES ('t', 1)");
+        }
+        let error = refused(&roles.config(producer)).await;
+        assert!(
+            matches!(error.kind(), ErrorKind::Denied | ErrorKind::Schema),
+            "{error:?}"
+        );
+    }
+}
+
+async fn a_relay_may_do_all_of_a_relay_and_an_operator_and_alter_nothing(server: Server) {
+    for ordering in ORDERINGS {
+        let roles = Roles::new(server, ordering).await;
+        let place = &roles.place;
+        let mut producer = MySqlConnection::connect(&roles.url(&roles.producer))
+            .await
+            .unwrap();
+        let messages: Vec<_> = (0..6)
+            .map(|number| message("t", Some(&format!("k{}", number % 3)), &number.to_string()))
+            .chain([scheduled("k0")])
+            .collect();
+        enqueued(place, &mut producer, &messages).await;
+
+        let config = roles.config(&roles.relay);
+        assert_eq!(migrate(&config).await.unwrap().from, Some(1), "it may look");
+        let store = MysqlStore::connect(config).await.unwrap();
+        let lease = LeaseRequest {
+            relay: place.relay.clone(),
+            want: 64,
+            ttl: Duration::from_secs(60),
+        };
+        let owned = store.lease(&lease).await.unwrap().held;
+        assert_eq!(store.lease(&lease).await.unwrap().held, owned);
+        let mut reader = store.reader().await.unwrap();
+        let (records, _) = common::fetch(&mut reader, &request(&owned, 10_000)).await;
+        assert_eq!(records.len(), 6);
+
+        // One is dead, one is parked, the rest is delivered and archived.
+        let mut parts = delivered(&owned, &records[2..]);
+        parts[0].dead.push(Death {
+            record: records[0].reference(),
+            attempts: 3,
+            reason: "no".into(),
+        });
+        let hold = Hold {
+            shard: records[1].shard,
+            scope: HoldScope::Key(records[1].message.order_key().unwrap()),
+            head: records[1].reference(),
+            attempts: 1,
+            state: HoldState::Parked,
+            reason: "no".into(),
+        };
+        let passing = Hold {
+            scope: HoldScope::Topic("passing".into()),
+            ..hold.clone()
+        };
+        parts[0].holds.push(HoldChange::Put(hold.clone()));
+        parts[0].holds.push(HoldChange::Put(passing.clone()));
+        let settled = store.settle(&place.settlement(parts)).await.unwrap();
+        assert!(settled.lost.is_empty());
+        let mut parts = delivered(&owned, &records[5..]);
+        parts[0].delivered.clear();
+        parts[0].holds.push(HoldChange::Clear(passing.reference()));
+        store.settle(&place.settlement(parts)).await.unwrap();
+
+        assert_eq!(store.holds(&owned).await.unwrap().len(), 1);
+        let parking = store.parking().unwrap();
+        assert_eq!(parking.parked(10).await.unwrap().len(), 1);
+        assert!(parking.resume(&hold.reference()).await.unwrap());
+        assert!(
+            !parking.bury(&hold.reference()).await.unwrap(),
+            "it is not parked"
+        );
+        place.sql("UPDATE {_hold} SET parked = TRUE").await;
+        assert!(parking.bury(&hold.reference()).await.unwrap());
+
+        let letters = store.dead_letters().unwrap();
+        let dead = letters.list(&DeadLetterQuery::default()).await.unwrap();
+        assert_eq!(dead.len(), 2);
+        assert_eq!(letters.requeue(&[dead[0].record]).await.unwrap(), 1);
+        assert_eq!(letters.discard(&[dead[1].record]).await.unwrap(), 1);
+
+        place
+            .sql("UPDATE {_scheduled} SET deliver_at = UTC_TIMESTAMP(6)")
+            .await;
+        let planned = store.scheduled().unwrap();
+        let promotion = planned.promote(&place.relay, &owned, 10).await.unwrap();
+        assert_eq!(promotion.promoted, 1);
+        let stats = store.stats().await.unwrap();
+        assert_eq!(
+            (stats.backlog.value(), stats.dead, stats.processed.value()),
+            (2, 0, 4)
+        );
+        let inspection = store.inspection().unwrap();
+        let key = records[0].message.order_key().unwrap();
+        for (subject, backlog) in [
+            (Subject::Message(records[0].message.id()), 1),
+            (Subject::Message(records[2].message.id()), 0),
+            (Subject::Key(key), 2),
+            (Subject::Topic("t".into()), 2),
+        ] {
+            let facts = inspection.inspect(&subject, 100).await.unwrap();
+            assert_eq!(facts.backlog.value(), backlog, "{subject:?}");
+            assert_eq!(facts.found.len(), 1, "{subject:?}");
+        }
+        let retention = store.retention().unwrap();
+        assert_eq!(retention.purge(Duration::ZERO, 10).await.unwrap(), 4);
+        assert_eq!(roles.run(&roles.relay, "SELECT COUNT(*) FROM {_status}"), "2");
+        store
+            .release(&place.relay, &owned, Membership::Leaves)
+            .await
+            .unwrap();
+
+        for sql in [
+            "ALTER TABLE {} ADD mine INT",
+            "ALTER TABLE {} AUTO_INCREMENT = 1000",
+            "CREATE TABLE mine (a INT)",
+            "CREATE INDEX mine ON {} (topic)",
+            "DROP TABLE {_dead}",
+            "DROP VIEW {_status}",
+            "TRUNCATE {}",
+            "UPDATE {} SET payload = NULL",
+            "UPDATE {_meta} SET value = '0'",
+            "INSERT INTO {_meta} VALUES ('a', 'b')",
+            "DELETE FROM {_meta}",
+            "SELECT * FROM {_inbox}",
+            "DELETE FROM {_inbox}",
+            "DROP PROCEDURE {_enqueue}",
+        ] {
+            roles.denied(&roles.relay, sql);
+        }
+
+        // A whole relay, whose statements nobody has listed.
+        let sink = MemorySink::new();
+        let relay = Relay::new(Arc::new(store), Box::new(sink.clone())).with_config(RelayConfig {
+            retention: Duration::from_secs(1),
+            ..RelayConfig::default()
+        });
+        tokio::time::timeout(Duration::from_secs(30), relay.drain(std::future::pending()))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(sink.delivered().len(), 2);
+    }
+}
+
+async fn a_stranger_is_not_even_let_in(server: Server) {
+    let roles = Roles::new(server, Ordering::Insert).await;
+    roles.denied(&roles.stranger, "SELECT 1");
+    let config = roles.config(&roles.stranger);
+    for error in [refused(&config).await, migrate(&config).await.unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::Denied, "{error:?}");
+        assert!(error.to_string().contains("grant_sql"), "{error}");
+    }
+}
+
+async fn a_procedure_of_the_applications_own_is_never_touched(server: Server) {
+    let empty = Empty::new(server);
+    empty.run("CREATE PROCEDURE outbox_enqueue() SELECT 'mine'");
+    let error = migrate(&empty.config).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Schema, "{error}");
+    assert_eq!(empty.run("CALL outbox_enqueue()"), "mine");
+}
+
+/// Stopped after its very first statement.
+async fn an_empty_table_of_facts_is_finished(server: Server) {
+    let empty = Empty::new(server);
+    let sql = migration_sql(&empty.config);
+    empty.run(&sql[..sql.find(';').unwrap() + 1]);
+    assert_eq!(migrate(&empty.config).await.unwrap().from, None);
+}
+
 on_each_server!(
+    a_procedure_of_the_applications_own_is_never_touched,
+    an_empty_table_of_facts_is_finished,
     a_database_without_an_outbox_says_to_migrate,
     migrating_twice_changes_nothing,
     migrating_from_many_connections_at_once_makes_one_outbox,
@@ -581,4 +921,7 @@ on_each_server!(
     the_number_of_shards_is_that_of_the_database,
     dropped_tables_are_a_matter_of_schema_and_the_store_recovers,
     hostile_messages_are_data,
+    a_producer_may_enqueue_and_receive_and_nothing_else,
+    a_relay_may_do_all_of_a_relay_and_an_operator_and_alter_nothing,
+    a_stranger_is_not_even_let_in,
 );
