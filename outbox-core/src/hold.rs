@@ -1,5 +1,6 @@
 //! Holds: the durable notes that a key, a keyless message or a topic waits.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 use crate::fetch::RecordRef;
+use crate::lease::millis;
 use crate::message::OrderKey;
 use crate::shard::Shard;
 
@@ -85,6 +87,26 @@ pub enum HoldState {
     Parked,
 }
 
+impl HoldState {
+    /// As a row has it: whether it is parked, and in how many milliseconds it is due.
+    ///
+    /// A time that no clock reaches would overflow a database's sum: it is cut at a thousand years.
+    ///
+    /// ```
+    /// use outbox_core::HoldState;
+    ///
+    /// assert_eq!(HoldState::Parked.stored(), (true, 0));
+    /// ```
+    #[must_use]
+    pub fn stored(self) -> (bool, i64) {
+        const FAR: Duration = Duration::from_secs(1_000 * 366 * 24 * 60 * 60);
+        match self {
+            Self::Parked => (true, 0),
+            Self::Retrying { due_in } => (false, millis(due_in.min(FAR))),
+        }
+    }
+}
+
 /// Names a hold within its store: the shard, what waits, and for a keyless message its position.
 ///
 /// ```
@@ -133,6 +155,88 @@ pub enum HoldChange {
     Put(Hold),
     /// Removes it, if it is there.
     Clear(HoldRef),
+}
+
+/// What names a hold where holds are rows: its primary key. The fields that a scope does not use are empty, so that the
+/// key is total.
+///
+/// ```
+/// use outbox_core::{HoldName, HoldScope, MessageId, Position, RecordRef, Shard};
+///
+/// let head = RecordRef { position: Position(7), id: MessageId::new() };
+/// let name = HoldName::new(Shard(3), &HoldScope::Message, head);
+/// assert_eq!((name.scope, name.topic, name.message), ("message", "", 7));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HoldName<'h> {
+    /// The shard.
+    pub shard: Shard,
+    /// `topic`, `key` or `message`.
+    pub scope: &'static str,
+    /// The topic, of a topic or of a key.
+    pub topic: &'h str,
+    /// The key.
+    pub key: &'h [u8],
+    /// The position of a keyless message.
+    pub message: i64,
+}
+
+impl<'h> HoldName<'h> {
+    /// Of what waits, with its head.
+    #[must_use]
+    pub fn new(shard: Shard, scope: &'h HoldScope, head: RecordRef) -> Self {
+        let (scope, topic, key, message): (_, &str, &[u8], _) = match scope {
+            HoldScope::Topic(topic) => ("topic", topic, &[], 0),
+            HoldScope::Key(key) => ("key", &key.topic, &key.key, 0),
+            HoldScope::Message => ("message", "", &[], head.position.0),
+        };
+        Self {
+            shard,
+            scope,
+            topic,
+            key,
+            message,
+        }
+    }
+}
+
+/// Changes of holds by name, for stores that write many at once: of one name the last change counts.
+///
+/// ```
+/// use outbox_core::{HoldChange, HoldChanges, HoldRef, HoldScope, MessageId, Position, RecordRef, Shard};
+///
+/// let head = RecordRef { position: Position(7), id: MessageId::new() };
+/// let clear = HoldChange::Clear(HoldRef { shard: Shard(3), scope: HoldScope::Message, head });
+/// let mut changes = HoldChanges::default();
+/// changes.add(Shard(3), &clear);
+/// changes.add(Shard(3), &clear);
+/// assert_eq!((changes.cleared().count(), changes.put().count()), (1, 0));
+/// ```
+#[derive(Debug, Default)]
+pub struct HoldChanges<'h>(BTreeMap<HoldName<'h>, Option<&'h Hold>>);
+
+impl<'h> HoldChanges<'h> {
+    /// Notes a change of a shard's part of a settlement.
+    pub fn add(&mut self, shard: Shard, change: &'h HoldChange) {
+        let (name, hold) = match change {
+            HoldChange::Put(hold) => (HoldName::new(shard, &hold.scope, hold.head), Some(hold)),
+            HoldChange::Clear(hold) => (HoldName::new(shard, &hold.scope, hold.head), None),
+        };
+        self.0.insert(name, hold);
+    }
+
+    /// What goes.
+    pub fn cleared(&self) -> impl Iterator<Item = HoldName<'h>> + Clone {
+        let cleared = |(name, hold): (&HoldName<'h>, &Option<_>)| hold.is_none().then_some(*name);
+        self.0.iter().filter_map(cleared)
+    }
+
+    /// What is written.
+    pub fn put(&self) -> impl Iterator<Item = (HoldName<'h>, &'h Hold)> + Clone {
+        self.0
+            .iter()
+            .filter_map(|(name, hold)| hold.map(|hold| (*name, hold)))
+    }
 }
 
 /// Parked holds as operators see them: the head of a key waits in the outbox until someone decides.

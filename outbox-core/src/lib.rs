@@ -35,7 +35,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use explain::{Cause, Explained, Explanation, explain};
 pub use fetch::{FetchRequest, Fetched, Held, Record, RecordRef, Reread, RereadScope};
 pub use headers::Headers;
-pub use hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState, Parking};
+pub use hold::{Hold, HoldChange, HoldChanges, HoldName, HoldRef, HoldScope, HoldState, Parking};
 pub use identifier::Identifier;
 pub use inbox::{Inbox, MIN_INBOX_AGE, Receive, check_age};
 pub use inspect::{Facts, Inspection, MAX_PLACES, Place, Standing, Subject};

@@ -237,18 +237,12 @@ fn bind<'q>(
         .bind(message.topic())
         .bind(message.key().map(AsRef::<[u8]>::as_ref))
         .bind(message.payload().map(AsRef::<[u8]>::as_ref))
-        .bind(headers(message))
+        .bind(message.headers().encode())
         .bind(message.content_type())
 }
 
 async fn execute(query: Query<'_, MySql, MySqlArguments>, connection: &mut MySqlConnection) -> Result<()> {
     connection.execute(query).await.during(DURING).map(drop)
-}
-
-/// The stored form, which is ASCII-safe JSON text; none when there are none.
-fn headers(message: &Message) -> Option<String> {
-    let headers = message.headers();
-    (!headers.is_empty()).then(|| String::from_utf8(headers.encode()).unwrap_or_default())
 }
 
 impl Enqueue<MySqlConnection> for MysqlOutbox {

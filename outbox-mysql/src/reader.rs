@@ -16,7 +16,7 @@ use crate::sql::{Passed, Sql, safe};
 
 const DURING: &str = "fetch";
 
-/// Who owns at most this share of the shards reads each of them alone.
+/// Who owns no more than one shard in so many reads each of them by itself.
 const FEW: usize = 8;
 
 /// A reader with a connection of its own, which is thrown away with it.
@@ -49,7 +49,7 @@ impl MysqlReader {
         let few = request.shards.len() * FEW <= usize::from(self.config.shards);
         let passed = Passed::new(&request.in_flight, &request.held);
         let script = self.sql.fetch(&request.shards, few, &passed, most);
-        let mut stream = sqlx::raw_sql(safe(script)).fetch(&mut self.connection);
+        let mut stream = sqlx::raw_sql(safe(Arc::new(script))).fetch(&mut self.connection);
         let (mut rows, mut records, mut bytes, mut full) = (Rows::default(), Vec::new(), 0_usize, false);
         let mut seen = 0;
         while let Some(row) = stream.try_next().await.during(DURING)? {
@@ -72,7 +72,7 @@ impl MysqlReader {
         };
         Ok(Fetched::Batch {
             records,
-            more: seen == most,
+            more: full || seen == most,
         })
     }
 }

@@ -37,7 +37,7 @@ impl Place {
         let database = format!("t_{}_{:08x}", std::process::id(), fastrand::u32(..));
         let mut control = MySqlConnection::connect(&url).await.unwrap();
         let make = format!("CREATE DATABASE `{database}`; USE `{database}`");
-        control.execute(safe(make)).await.unwrap();
+        control.execute(safe(Arc::new(make))).await.unwrap();
         let (server, _) = url.rsplit_once('/').unwrap();
         let config = MysqlConfig::new(format!("{server}/{database}"));
         migrate(&config).await.unwrap();
@@ -46,7 +46,7 @@ impl Place {
              FROM JSON_TABLE('[{}]', '$[*]' COLUMNS (n FOR ORDINALITY)) j",
             vec!["0"; rows].join(",")
         );
-        control.execute(safe(fill)).await.unwrap();
+        control.execute(safe(Arc::new(fill))).await.unwrap();
         control.execute("ANALYZE TABLE outbox").await.unwrap();
         let mut open = MySqlConnection::connect(&format!("{server}/{database}"))
             .await
@@ -68,7 +68,7 @@ impl Place {
     /// Index and kind of access for each table of a statement, and whether anything is sorted.
     async fn plan(&mut self, statement: &str) -> (Vec<(String, String, String)>, bool) {
         let explain = format!("EXPLAIN FORMAT=TRADITIONAL {statement}");
-        let rows = sqlx::raw_sql(safe(explain.clone()))
+        let rows = sqlx::raw_sql(safe(Arc::new(explain.clone())))
             .fetch_all(&mut self.control)
             .await
             .unwrap_or_else(|error| panic!("{error}: {explain}"));
@@ -104,7 +104,7 @@ impl Place {
     async fn gone(mut self) {
         self.open.execute("ROLLBACK").await.unwrap();
         let drop = format!("DROP DATABASE `{}`", self.database);
-        self.control.execute(safe(drop)).await.unwrap();
+        self.control.execute(safe(Arc::new(drop))).await.unwrap();
     }
 }
 

@@ -63,10 +63,10 @@ pub async fn migrate(config: &MysqlConfig) -> Result<Migrated> {
         )
         .with("outbox", config.place()));
     }
-    let from = make(&mut session, config, &sql).await;
+    // Where it fails the connection is closed, and the lock gone with it.
+    let from = make(&mut session, config, &sql).await?;
     session.run(sql.unlock()).await?;
     session.finish();
-    let from = from?;
     check(&sessions, config, &sql).await?;
     Ok(Migrated { from, to: VERSION })
 }

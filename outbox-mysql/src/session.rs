@@ -6,6 +6,7 @@
 //! What the relay does in a transaction is **one text**, a script that the server runs to its end whatever becomes of us:
 //! a relay that is stopped in the middle keeps no lock. And it is one round trip.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -104,10 +105,10 @@ impl Answers {
 /// Runs text of ours, of one statement or several.
 pub(crate) async fn run(
     connection: &mut MySqlConnection,
-    script: String,
+    script: impl Into<Arc<String>>,
     operation: &'static str,
 ) -> Result<Answers> {
-    let mut stream = sqlx::raw_sql(safe(script)).fetch_many(connection);
+    let mut stream = sqlx::raw_sql(safe(script.into())).fetch_many(connection);
     let mut answers = Vec::new();
     let mut rows = Vec::new();
     while let Some(item) = stream.try_next().await.during(operation)? {
@@ -151,10 +152,11 @@ impl Sessions {
 
     /// Runs a script by itself, and again when it lost a lock to another session.
     pub(crate) async fn run(&self, operation: &'static str, script: String) -> Result<Answers> {
+        let script = Arc::new(script);
         let mut repeats = 0;
         loop {
             let mut session = self.open(operation).await?;
-            match session.run(script.clone()).await {
+            match session.run(Arc::clone(&script)).await {
                 Err(error) if error.kind() == ErrorKind::Conflict && repeats < REPEATS => {
                     repeats += 1;
                     drop(session);
@@ -181,7 +183,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Runs text of ours, of one statement or several.
-    pub(crate) async fn run(&mut self, script: String) -> Result<Answers> {
+    pub(crate) async fn run(&mut self, script: impl Into<Arc<String>>) -> Result<Answers> {
         let (limit, operation) = (self.limit, self.operation);
         let connection = self.lent.connection()?;
         within(limit, operation, run(connection, script, operation)).await

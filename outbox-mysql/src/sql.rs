@@ -5,25 +5,31 @@
 //! hexadecimal strings, which `JSON_TABLE` makes rows of; a list of what is to be left out, as a list of constants, which
 //! both servers sort and search, where they would go through a table once for each row.
 
+mod literal;
+mod tables;
+
 use std::fmt::{self, Display, Write};
 use std::sync::Arc;
 
 use outbox_core::{
-    DeadLetterQuery, Death, Held, HoldRef, Identifier, Ordering, OwnedShard, Position, RecordRef, Settlement,
-    Shard, ShardSettlement, Subject,
+    DeadLetterQuery, Death, Held, HoldChanges, HoldName, HoldRef, Identifier, Ordering, OwnedShard, Position,
+    RecordRef, Settlement, Shard, ShardSettlement, Subject,
 };
 use sqlx::mysql::{MySql, MySqlArguments};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
+pub(crate) use self::literal::Field;
+use self::literal::{json, list, literal, none_of, text};
+pub(crate) use self::tables::{META, SERVER, grants, migration, ordering, tables};
 use crate::config::MysqlConfig;
-use crate::hold::{HoldChanges, HoldName};
+use crate::hold::{named, whole};
 
 /// The version of the schema that this crate works with.
 pub(crate) const VERSION: i64 = 1;
 
 /// Text of our own as sqlx wants it. This is the only place that vouches for SQL text.
-pub(crate) fn safe(text: String) -> SqlStr {
+pub(crate) fn safe(text: Arc<String>) -> SqlStr {
     AssertSqlSafe(text).into_sql_str()
 }
 
@@ -45,75 +51,6 @@ impl Statement {
 impl fmt::Debug for Statement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-/// Bytes as a literal.
-pub(crate) fn literal(bytes: &[u8]) -> String {
-    format!("X'{}'", hex(bytes))
-}
-
-/// Text as a literal.
-fn text(text: &str) -> String {
-    format!("_utf8mb4 X'{}'", hex(text.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-            // Writing to a string cannot fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
-}
-
-/// A field of a row of JSON: a number, or bytes in hexadecimal.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Field<'f> {
-    Number(i64),
-    Bytes(&'f [u8]),
-}
-
-impl Display for Field<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(number) => number.fmt(f),
-            Self::Bytes(bytes) => write!(f, "\"{}\"", hex(bytes)),
-        }
-    }
-}
-
-/// Rows as a literal of JSON. It needs no quoting: there is nothing in it that could end it.
-pub(crate) fn json<'f, const N: usize>(rows: impl IntoIterator<Item = [Field<'f>; N]>) -> String {
-    let mut text = String::from("'[");
-    for (index, row) in rows.into_iter().enumerate() {
-        text.push_str(if index == 0 { "[" } else { ",[" });
-        for (index, field) in row.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            let _ = write!(text, "{comma}{field}");
-        }
-        text.push(']');
-    }
-    text.push_str("]'");
-    text
-}
-
-/// Values with commas between them.
-fn list(values: impl IntoIterator<Item = impl Display>) -> String {
-    let mut text = String::new();
-    for value in values {
-        let comma = if text.is_empty() { "" } else { "," };
-        let _ = write!(text, "{comma}{value}");
-    }
-    text
-}
-
-/// `what` is none of the values; true when there are none.
-fn none_of(what: &str, values: impl IntoIterator<Item = impl Display>) -> String {
-    match list(values) {
-        list if list.is_empty() => "TRUE".to_owned(),
-        list => format!("{what} NOT IN ({list})"),
     }
 }
 
@@ -492,28 +429,40 @@ impl Sql {
     fn holds_changed(&self, script: &mut String, settlement: &Settlement) {
         let mut changes = HoldChanges::default();
         for part in &settlement.shards {
-            part.holds.iter().for_each(|change| changes.add(part, change));
+            part.holds
+                .iter()
+                .for_each(|change| changes.add(part.shard, change));
         }
+        let epoch = |shard| {
+            let part = settlement.shards.iter().find(|part| part.shard == shard);
+            part.map_or(0, |part| part.epoch.0)
+        };
         let fence = self.fence(settlement.relay.as_str());
-        let named = "s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', c VARCHAR(16) PATH '$[2]', t VARCHAR(498) PATH '$[3]', \
+        let columns = "s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', c VARCHAR(16) PATH '$[2]', t VARCHAR(498) PATH '$[3]', \
                      k VARCHAR(2048) PATH '$[4]', i BIGINT PATH '$[5]'";
         let topic = "CONVERT(UNHEX(j.t) USING utf8mb4) COLLATE utf8mb4_bin";
         let scope = "CONVERT(UNHEX(j.c) USING ascii) COLLATE ascii_bin";
-        if let Some(rows) = changes.cleared() {
+        if changes.cleared().next().is_some() {
+            let rows = json(changes.cleared().map(|name| named(name, epoch(name.shard))));
             let _ = write!(
                 script,
-                "; DELETE h FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({named})) j {fence} \
+                "; DELETE h FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({columns})) j {fence} \
                  STRAIGHT_JOIN {} h FORCE INDEX (PRIMARY) ON h.shard = j.s AND h.scope = {scope} AND h.topic = {topic} \
                  AND h.`key` = UNHEX(j.k) AND h.message = j.i",
                 self.hold
             );
         }
-        if let Some(rows) = changes.put() {
+        if changes.put().next().is_some() {
+            let rows = json(
+                changes
+                    .put()
+                    .map(|(name, hold)| whole(name, hold, epoch(name.shard))),
+            );
             let _ = write!(
                 script,
                 "; INSERT INTO {} (shard, scope, topic, `key`, message, head, head_message_id, attempts, parked, due_at, \
                  reason) SELECT j.s, {scope}, {topic}, UNHEX(j.k), j.i, j.head, UNHEX(j.m), j.a, j.p, {}, \
-                 CONVERT(UNHEX(j.r) USING utf8mb4) FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({named}, \
+                 CONVERT(UNHEX(j.r) USING utf8mb4) FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({columns}, \
                  head BIGINT PATH '$[6]', m CHAR(32) PATH '$[7]', a BIGINT PATH '$[8]', p BIGINT PATH '$[9]', \
                  d BIGINT PATH '$[10]', r LONGTEXT PATH '$[11]')) j {fence} \
                  ON DUPLICATE KEY UPDATE head = VALUES(head), head_message_id = VALUES(head_message_id), \
@@ -572,8 +521,8 @@ impl Sql {
              AND h.head = {} AND h.head_message_id = {}",
             hold.shard,
             name.scope,
-            text(&name.topic),
-            literal(&name.key),
+            text(name.topic),
+            literal(name.key),
             name.message,
             hold.head.position,
             literal(hold.head.id.as_bytes())
@@ -895,180 +844,4 @@ impl Passed {
         }
         Self(condition)
     }
-}
-
-/// Making the tables.
-impl Sql {
-    /// Which tables and procedures are there whose names are those of ours.
-    pub(crate) fn tables(&self) -> String {
-        let prefix = &self.prefix;
-        let names = list(SUFFIXES.iter().map(|suffix| format!("'{prefix}{suffix}'")));
-        format!(
-            "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME IN ({names}) \
-             UNION ALL SELECT ROUTINE_NAME FROM information_schema.ROUTINES WHERE ROUTINE_SCHEMA = DATABASE() \
-             AND ROUTINE_NAME IN ('{prefix}_enqueue', '{prefix}_enqueue_bytes')"
-        )
-    }
-
-    /// Facts that were noted when the outbox was made.
-    pub(crate) fn facts(&self) -> String {
-        format!("SELECT name, value FROM {}", self.meta)
-    }
-
-    /// Keeps others out that migrate this outbox, for as long as the connection lives.
-    pub(crate) fn lock(&self, seconds: u64) -> String {
-        let name = self.lock_name();
-        format!("SELECT GET_LOCK({name}, {seconds})")
-    }
-
-    pub(crate) fn unlock(&self) -> String {
-        format!("SELECT RELEASE_LOCK({})", self.lock_name())
-    }
-
-    /// A lock is the whole server's, and its name short.
-    fn lock_name(&self) -> String {
-        format!(
-            "CONCAT('outbox ', LEFT(SHA2(CONCAT(DATABASE(), '.', '{}'), 256), 40))",
-            self.prefix
-        )
-    }
-
-    /// What is noted first: from then on the tables of these names are ours.
-    pub(crate) fn found(&self, config: &MysqlConfig) -> String {
-        format!(
-            "CREATE TABLE IF NOT EXISTS {meta} (name VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL, \
-             value VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL, PRIMARY KEY (name)) ENGINE = InnoDB;\n\
-             INSERT IGNORE INTO {meta} (name, value) VALUES ('identity', UUID()), ('ordering', '{}'), ('shards', '{}')",
-            ordering(config.ordering),
-            config.shards,
-            meta = self.meta
-        )
-    }
-
-    /// What is noted last: a migration that stopped half-way does not pass for a finished one.
-    pub(crate) fn made(&self) -> String {
-        format!(
-            "INSERT INTO {} (name, value) VALUES ('version', '{VERSION}') ON DUPLICATE KEY UPDATE value = VALUES(value)",
-            self.meta
-        )
-    }
-}
-
-pub(crate) const META: &str = "_meta";
-
-const SUFFIXES: [&str; 12] = [
-    "",
-    "_hold",
-    "_dead",
-    "_scheduled",
-    "_processed",
-    "_lease",
-    "_relay",
-    "_sequence",
-    "_inbox",
-    META,
-    "_status",
-    "_id_seq",
-];
-
-/// What the server is, and whether it can be used. MariaDB says its name in its version.
-pub(crate) const SERVER: &str = "SELECT VERSION(), @@global.read_only";
-
-const BEGIN_PROCEDURE: &str = "-- begin procedure\n";
-const END_PROCEDURE: &str = "-- end procedure\n";
-
-/// The tables, views and procedures; nothing happens to those that are there.
-pub(crate) fn tables(config: &MysqlConfig) -> String {
-    let (numbered, insert) = match config.ordering {
-        Ordering::Insert => ("", INSERT_ONE),
-        Ordering::Sequenced => (NUMBERED, NUMBER_AND_INSERT_ONE),
-    };
-    include_str!("../migrations/0001_tables.sql")
-        .replace("{numbered}", numbered)
-        .replace("{insert_one}", insert)
-        .replace("{prefix}", config.prefix.as_str())
-        .replace("{shards}", &config.shards.to_string())
-        .replace(
-            "{each_shard}",
-            &list((0..config.shards).map(|shard| format!("({shard})"))),
-        )
-}
-
-/// The whole migration, for the server's own shell.
-pub(crate) fn migration(config: &MysqlConfig) -> String {
-    let sql = Sql::new(config);
-    format!("{};\n\n{}\n{};\n", sql.found(config), tables(config), sql.made())
-        .replace(BEGIN_PROCEDURE, "DELIMITER //\n")
-        .replace(&format!("END;\n{END_PROCEDURE}"), "END//\nDELIMITER ;\n")
-}
-
-const INSERT_ONE: &str = "\
-INSERT INTO `{prefix}` (topic, `key`, payload, headers, content_type)
-        VALUES (p_topic, p_key, p_payload, p_headers, p_content_type);";
-
-/// A bare INSERT would have no number, and is told by the constraint's name.
-const NUMBERED: &str =
-    ",\n    CONSTRAINT `{prefix}_use_enqueue_procedure` CHECK ((`key` IS NULL) = (key_seq IS NULL))";
-
-/// The counter is locked before the position is drawn: of one key, the order of positions is the order of commits. The
-/// savepoint is not there, and the call fails, where no transaction is open to keep the lock.
-const NUMBER_AND_INSERT_ONE: &str = "\
-IF p_key IS NOT NULL THEN
-            SAVEPOINT outbox_enqueue_needs_a_transaction;
-            RELEASE SAVEPOINT outbox_enqueue_needs_a_transaction;
-            INSERT INTO `{prefix}_sequence` (topic, `key`, last) VALUES (p_topic, p_key, 1)
-            ON DUPLICATE KEY UPDATE last = last + 1;
-        END IF;
-        INSERT INTO `{prefix}` (topic, `key`, payload, headers, content_type, key_seq)
-        VALUES (p_topic, p_key, p_payload, p_headers, p_content_type,
-                (SELECT s.last FROM `{prefix}_sequence` s WHERE s.topic = p_topic AND s.`key` = p_key));";
-
-/// The ordering as it is stored.
-pub(crate) const fn ordering(ordering: Ordering) -> &'static str {
-    match ordering {
-        Ordering::Insert => "insert",
-        Ordering::Sequenced => "sequenced",
-    }
-}
-
-/// The rights of one role, for a database's owner to run.
-pub(crate) fn grants(config: &MysqlConfig, account: &Identifier, relay: bool) -> String {
-    let mut text = String::new();
-    let mut grant = |rights: &str, what: &str, suffixes: &[&str]| {
-        for suffix in suffixes {
-            let _ = writeln!(
-                text,
-                "GRANT {rights} ON {what}`{}{suffix}` TO '{account}'@'%';",
-                config.prefix
-            );
-        }
-    };
-    if relay {
-        grant("SELECT, INSERT, DELETE", "", &[""]);
-        grant(
-            "SELECT, INSERT, UPDATE, DELETE",
-            "",
-            &[
-                "_hold",
-                "_dead",
-                "_scheduled",
-                "_processed",
-                "_lease",
-                "_relay",
-                "_sequence",
-            ],
-        );
-        grant("SELECT", "", &["_meta", "_status"]);
-    } else {
-        let own = format!("INSERT ({MESSAGE})");
-        grant(&own, "", &[""]);
-        grant(&format!("INSERT ({MESSAGE}, deliver_at)"), "", &["_scheduled"]);
-        if config.ordering == Ordering::Sequenced {
-            grant("INSERT (key_seq)", "", &[""]);
-            grant("SELECT, INSERT, UPDATE", "", &["_sequence"]);
-        }
-        grant("SELECT, INSERT, DELETE", "", &["_inbox"]);
-        grant("EXECUTE", "PROCEDURE ", &["_enqueue", "_enqueue_bytes"]);
-    }
-    text
 }

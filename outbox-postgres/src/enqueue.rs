@@ -77,7 +77,7 @@ impl PostgresOutbox {
             .bind(message.topic())
             .bind(message.key().map(AsRef::<[u8]>::as_ref))
             .bind(message.payload().map(AsRef::<[u8]>::as_ref))
-            .bind(headers(message))
+            .bind(message.headers().encode())
             .bind(message.content_type())
             .execute(connection)
             .await
@@ -128,7 +128,11 @@ impl PostgresOutbox {
                     .map(|message| message.payload().map(AsRef::as_ref))
                     .collect::<Vec<Option<&[u8]>>>(),
             )
-            .bind(each().map(headers).collect::<Vec<Option<String>>>())
+            .bind(
+                each()
+                    .map(|message| message.headers().encode())
+                    .collect::<Vec<Option<String>>>(),
+            )
             .bind(each().map(Message::content_type).collect::<Vec<Option<&str>>>());
         let query = if planned {
             query.bind(
@@ -141,12 +145,6 @@ impl PostgresOutbox {
         };
         query.execute(connection).await.during(DURING).map(drop)
     }
-}
-
-/// The stored form, which is ASCII-safe JSON text; none when there are none.
-fn headers(message: &Message) -> Option<String> {
-    let headers = message.headers();
-    (!headers.is_empty()).then(|| String::from_utf8(headers.encode()).unwrap_or_default())
 }
 
 impl Enqueue<PgConnection> for PostgresOutbox {

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message,
+    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldName, HoldRef, HoldScope, Message,
     OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, millis,
 };
 use sqlx::Row;
@@ -12,7 +12,7 @@ use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use crate::error::During;
-use crate::hold::{HoldName, read_hold};
+use crate::hold::{bind_name, read_hold};
 use crate::row::{Rows, count, limit, number, optional_number, small, span, text, time};
 use crate::sql::Statement;
 use crate::store::{PostgresStore, epochs};
@@ -116,7 +116,7 @@ impl Parking for PostgresStore {
         let name = HoldName::new(hold.shard, &hold.scope, hold.head);
         let mut session = self.control.open("resume").await?;
         let resumed = session
-            .changed(name.bind(&self.sql.hold_resume, hold.head))
+            .changed(bind_name(&self.sql.hold_resume, name, hold.head))
             .await?;
         session.finish().await?;
         Ok(resumed > 0)
@@ -134,7 +134,9 @@ impl Parking for PostgresStore {
         }
         let name = HoldName::new(hold.shard, &hold.scope, hold.head);
         let mut session = self.control.begin(DURING).await?;
-        let parked = session.rows(name.bind(&self.sql.hold_unpark, hold.head)).await?;
+        let parked = session
+            .rows(bind_name(&self.sql.hold_unpark, name, hold.head))
+            .await?;
         let Some(row) = parked.first() else {
             session.finish().await?;
             return Ok(false);

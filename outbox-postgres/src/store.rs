@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outbox_core::{
-    Capabilities, Count, DeadLetters, Epoch, Hold, Inspection, LeaseRequest, LeaseStatus, Leases, Membership,
-    OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement,
-    Shard, ShardSettlement, Stats, WakeUp, millis,
+    Capabilities, Count, DeadLetters, Epoch, Hold, HoldChanges, Inspection, LeaseRequest, LeaseStatus,
+    Leases, Membership, OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled,
+    Settled, Settlement, Shard, ShardSettlement, Stats, WakeUp, millis,
 };
 use sqlx::Row;
 use sqlx::postgres::{PgArguments, PgRow, Postgres};
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::config::PostgresConfig;
 use crate::error::During;
-use crate::hold::{HoldChanges, read_hold, storable};
+use crate::hold::{bind_changes, read_hold, storable};
 use crate::reader::PostgresReader;
 use crate::row::{count, number, optional_number, shard, small, span, text};
 use crate::schema::check;
@@ -74,7 +74,7 @@ impl PostgresStore {
     }
 
     /// The statement that settles: the short one where there are deliveries and nothing else.
-    fn settling<'q>(&self, settlement: &Settlement) -> Query<'q, Postgres, PgArguments> {
+    fn settling<'q>(&self, settlement: &'q Settlement) -> Query<'q, Postgres, PgArguments> {
         let parts = || settlement.shards.iter();
         if !self.config.archive && parts().all(ShardSettlement::is_deliveries_only) {
             return bind_deliveries(fenced(&self.sql.deliver, settlement), settlement);
@@ -84,7 +84,7 @@ impl PostgresStore {
         for part in parts() {
             part.holds.iter().for_each(|change| holds.add(part.shard, change));
         }
-        holds.bind(
+        bind_changes(
             bind_deliveries(fenced(&self.sql.settle, settlement), settlement)
                 .bind(dead().map(|(shard, _)| small(shard)).collect::<Vec<i16>>())
                 .bind(
@@ -107,6 +107,7 @@ impl PostgresStore {
                         .map(|(_, death)| storable(&death.reason))
                         .collect::<Vec<String>>(),
                 ),
+            &holds,
         )
     }
 }

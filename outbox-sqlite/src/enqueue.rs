@@ -115,9 +115,8 @@ impl SqliteOutbox {
 
     fn insert(&self, connection: &Connection, message: &Message) -> Result<()> {
         let id = message.id();
-        let headers = message.headers();
         // As text, so that people and SQLite's JSON functions can read it.
-        let headers = (!headers.is_empty()).then(|| String::from_utf8(headers.encode()).unwrap_or_default());
+        let headers = message.headers().encode();
         let key = message.key().map(AsRef::<[u8]>::as_ref);
         let payload = message.payload().map(AsRef::<[u8]>::as_ref);
 

@@ -2,27 +2,22 @@
 
 use std::time::Duration;
 
-use outbox_core::{Hold, HoldScope, HoldState, OrderKey, Position, RecordRef};
+use outbox_core::{Hold, HoldName, HoldScope, HoldState, OrderKey, Position, RecordRef};
 use rusqlite::types::Type;
 use rusqlite::{Connection, Row, Transaction, params};
 
 use crate::row::{SHARD, bytes, message_id};
 use crate::sql::Sql;
-use crate::worker::millis;
 
 /// Writes a hold, in place of one of the same name.
 pub(crate) fn put_hold(transaction: &Transaction<'_>, sql: &Sql, hold: &Hold) -> rusqlite::Result<()> {
-    let (scope, topic, key, message) = hold_name(&hold.scope, hold.head);
-    let (parked, due_in) = match hold.state {
-        HoldState::Parked => (true, 0),
-        // A due time that no clock reaches would overflow the sum.
-        HoldState::Retrying { due_in } => (false, millis(due_in).min(FAR)),
-    };
+    let name = HoldName::new(SHARD, &hold.scope, hold.head);
+    let (parked, due_in) = hold.state.stored();
     transaction.prepare_cached(&sql.hold_put)?.execute(params![
-        scope,
-        topic,
-        key,
-        message,
+        name.scope,
+        name.topic,
+        name.key,
+        name.message,
         hold.head.position.0,
         hold.head.id.as_bytes(),
         hold.attempts,
@@ -31,18 +26,6 @@ pub(crate) fn put_hold(transaction: &Transaction<'_>, sql: &Sql, hold: &Hold) ->
         hold.reason,
     ])?;
     Ok(())
-}
-
-/// A thousand years in milliseconds.
-const FAR: i64 = 1_000 * 366 * 24 * 60 * 60 * 1_000;
-
-/// The primary key of a hold: scope, topic, key, message.
-pub(crate) fn hold_name(scope: &HoldScope, head: RecordRef) -> (&'static str, &str, &[u8], i64) {
-    match scope {
-        HoldScope::Topic(topic) => ("topic", topic, &[], 0),
-        HoldScope::Key(key) => ("key", &key.topic, &key.key, 0),
-        HoldScope::Message => ("message", "", &[], head.position.0),
-    }
 }
 
 /// The holds that a statement selects.

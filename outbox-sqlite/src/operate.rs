@@ -5,14 +5,14 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message, MessageId,
-    Ordering, OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled,
-    Shard,
+    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldName, HoldRef, HoldScope, Message,
+    MessageId, Ordering, OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention,
+    Scheduled, Shard,
 };
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 
 use crate::error::During;
-use crate::hold::{hold_name, list_holds};
+use crate::hold::list_holds;
 use crate::row::{Rows, SHARD, time};
 use crate::sql::Sql;
 use crate::store::{SqliteStore, bury, load_leases};
@@ -142,12 +142,12 @@ impl Parking for SqliteStore {
     async fn resume(&self, hold: &HoldRef) -> Result<bool> {
         let hold = hold.clone();
         self.operate("resume", move |transaction, sql| {
-            let (scope, topic, key, message) = hold_name(&hold.scope, hold.head);
+            let name = HoldName::new(hold.shard, &hold.scope, hold.head);
             let resumed = transaction.prepare_cached(&sql.hold_resume)?.execute(params![
-                scope,
-                topic,
-                key,
-                message,
+                name.scope,
+                name.topic,
+                name.key,
+                name.message,
                 hold.head.position.0,
                 hold.head.id.as_bytes()
             ])?;
@@ -167,15 +167,15 @@ impl Parking for SqliteStore {
         }
         let hold = hold.clone();
         self.operate("bury", move |transaction, sql| {
-            let (scope, topic, key, message) = hold_name(&hold.scope, hold.head);
+            let name = HoldName::new(hold.shard, &hold.scope, hold.head);
             let parked: Option<(u32, String)> = transaction
                 .prepare_cached(&sql.hold_unpark)?
                 .query_row(
                     params![
-                        scope,
-                        topic,
-                        key,
-                        message,
+                        name.scope,
+                        name.topic,
+                        name.key,
+                        name.message,
                         hold.head.position.0,
                         hold.head.id.as_bytes()
                     ],

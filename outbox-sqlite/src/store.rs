@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use outbox_core::{
-    Capabilities, Count, DeadLetters, Hold, HoldChange, Inspection, LeaseRequest, LeaseRow, LeaseTable,
-    Leases, Membership, OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result, Retention,
-    Scheduled, Settled, Settlement, Shard, ShardSettlement, Stats, StoreMillis, WakeUp,
+    Capabilities, Count, DeadLetters, Hold, HoldChange, HoldName, Inspection, LeaseRequest, LeaseRow,
+    LeaseTable, Leases, Membership, OutboxStore, OwnedShard, Parking, Reader, RecordRef, RelayId, Result,
+    Retention, Scheduled, Settled, Settlement, Shard, ShardSettlement, Stats, StoreMillis, WakeUp,
 };
 use rusqlite::{Connection, Transaction, params};
 
 use crate::config::SqliteConfig;
 use crate::error::During;
-use crate::hold::{hold_name, list_holds, put_hold};
+use crate::hold::{list_holds, put_hold};
 use crate::reader::SqliteReader;
 use crate::row::SHARD;
 use crate::sql::Sql;
@@ -289,10 +289,13 @@ fn settle(
         match change {
             HoldChange::Put(hold) => put_hold(transaction, sql, hold)?,
             HoldChange::Clear(hold) => {
-                let (scope, topic, key, message) = hold_name(&hold.scope, hold.head);
-                transaction
-                    .prepare_cached(&sql.hold_clear)?
-                    .execute(params![scope, topic, key, message])?;
+                let name = HoldName::new(hold.shard, &hold.scope, hold.head);
+                transaction.prepare_cached(&sql.hold_clear)?.execute(params![
+                    name.scope,
+                    name.topic,
+                    name.key,
+                    name.message
+                ])?;
             }
         }
     }
