@@ -22,7 +22,7 @@ use crate::sql::safe;
 const GRACE: Duration = Duration::from_secs(2);
 
 /// How often a script is run again that lost a lock to another session. To repeat one is always safe: it is a
-/// transaction that was rolled back.
+/// transaction, which was rolled back, or its statements are such that the second time they change nothing.
 const REPEATS: u32 = 5;
 
 /// How connections are opened, and for how long a call may take.

@@ -109,6 +109,8 @@ pub(crate) struct Sql {
     relay: String,
     numbers: String,
     meta: String,
+    /// The statement that producers run most.
+    insert_one: Statement,
     pub(crate) receive: Statement,
     pub(crate) forget: Statement,
 }
@@ -118,6 +120,7 @@ impl Sql {
         let table = |suffix: &str| format!("`{}{suffix}`", config.prefix);
         let inbox = table("_inbox");
         Self {
+            insert_one: insert(&table(""), config.ordering, 1),
             prefix: config.prefix.clone(),
             ordering: config.ordering,
             archive: config.archive,
@@ -148,15 +151,10 @@ pub(crate) const SAVEPOINT: &str = "outbox_enqueue_needs_a_transaction";
 impl Sql {
     /// Inserts so many messages: their six columns, and the number where messages are numbered.
     pub(crate) fn insert(&self, rows: usize) -> Statement {
-        let (number, place) = match self.ordering {
-            Ordering::Insert => ("", "(?,?,?,?,?,?)"),
-            Ordering::Sequenced => (", key_seq", "(?,?,?,?,?,?,?)"),
-        };
-        Statement::new(format!(
-            "INSERT INTO {} (message_id, topic, `key`, payload, headers, content_type{number}) VALUES {}",
-            self.outbox,
-            list(std::iter::repeat_n(place, rows))
-        ))
+        match rows {
+            1 => self.insert_one.clone(),
+            _ => insert(&self.outbox, self.ordering, rows),
+        }
     }
 
     /// Plans so many messages: their six columns, and when they are due.
@@ -214,8 +212,21 @@ impl Sql {
     }
 }
 
-/// Shards and their epochs as JSON.
+fn insert(outbox: &str, ordering: Ordering, rows: usize) -> Statement {
+    let (number, place) = match ordering {
+        Ordering::Insert => ("", "(?,?,?,?,?,?)"),
+        Ordering::Sequenced => (", key_seq", "(?,?,?,?,?,?,?)"),
+    };
+    Statement::new(format!(
+        "INSERT INTO {outbox} (message_id, topic, `key`, payload, headers, content_type{number}) VALUES {}",
+        list(std::iter::repeat_n(place, rows))
+    ))
+}
+
+/// Shards and their epochs as JSON, in the order in which everybody locks leases.
 fn shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
+    let mut owned: Vec<OwnedShard> = owned.into_iter().collect();
+    owned.sort_unstable();
     json(owned.into_iter().map(|owned| {
         [
             Field::Number(i64::from(owned.shard.0)),
@@ -303,8 +314,6 @@ impl Sql {
     /// [`FENCED`] are those that the relay holds, once they are locked: it may have waited beyond their end. A statement
     /// that joins [`fence`](Self::fence) touches only these.
     fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
-        let mut owned: Vec<OwnedShard> = owned.into_iter().collect();
-        owned.sort_unstable();
         let rows = shards(owned);
         let named =
             format!("JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j");
