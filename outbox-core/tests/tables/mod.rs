@@ -14,6 +14,7 @@ pub(crate) const STORES: &[(StoreFlaw, &[&str])] = &[
         "commit_below_the_newest",
         "fresh_store_loses_nothing",
         "commits_in_reverse_lose_nothing",
+        "producers_beside_relay",
         "passed_over_comes_back",
         "random_schedules",
     ]),
