@@ -3,8 +3,25 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::message::{Message, MessageId, OrderKey};
 use crate::shard::{OwnedShard, Position, Shard};
+
+/// How a store's readers read.
+///
+/// ```
+/// assert_eq!(outbox_core::FetchMode::default(), outbox_core::FetchMode::Cursor);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FetchMode {
+    /// From where they stopped, and separately what is wanted again.
+    #[default]
+    Cursor,
+    /// From the start each time: correct by construction, slow behind many held messages.
+    Rescan,
+}
 
 /// A stored message as the relay reads it.
 ///

@@ -3,6 +3,7 @@
 mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod cursor;
 mod dead;
 mod enqueue;
 mod error;
@@ -33,7 +34,7 @@ pub use dead::{DeadLetter, DeadLetterQuery, DeadLetters};
 pub use enqueue::Enqueue;
 pub use error::{Error, ErrorKind, Result};
 pub use explain::{Cause, Explained, Explanation, explain};
-pub use fetch::{FetchRequest, Fetched, Held, Record, RecordRef, Reread, RereadScope};
+pub use fetch::{FetchMode, FetchRequest, Fetched, Held, Record, RecordRef, Reread, RereadScope};
 pub use headers::Headers;
 pub use hold::{Hold, HoldChange, HoldChanges, HoldName, HoldRef, HoldScope, HoldState, Parking};
 pub use identifier::Identifier;

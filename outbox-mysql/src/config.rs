@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, Identifier, Limits, Ordering, Result, human};
+use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Limits, Ordering, Result, human};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
@@ -38,6 +38,16 @@ pub struct MysqlConfig {
     /// Whether delivered messages move to the archive instead of being deleted; the relay purges it.
     /// Default: false.
     pub archive: bool,
+    /// How the relay reads. Where several servers take writes (Galera, a group with several primaries) it is always
+    /// `rescan`. Default: `cursor`.
+    pub fetch: FetchMode,
+    /// For how long what was enqueued last is read anew each time. No single INSERT into the outbox may take longer from
+    /// drawing an id to storing its row, however long its transaction then stays open. Default: 10 s.
+    #[serde(with = "human")]
+    pub lag: Duration,
+    /// How often the cursor is checked against all that is stored. Default: 1 min.
+    #[serde(with = "human")]
+    pub sweep_interval: Duration,
     /// How long one statement of ours may take. Default: 30 s.
     #[serde(with = "human")]
     pub statement_timeout: Duration,
@@ -84,6 +94,8 @@ impl MysqlConfig {
         for (name, value) in [
             ("statement_timeout", self.statement_timeout),
             ("connect_timeout", self.connect_timeout),
+            ("lag", self.lag),
+            ("sweep_interval", self.sweep_interval),
         ] {
             if value < Duration::from_millis(100) || value > DAY {
                 return Err(Error::new(
@@ -181,6 +193,9 @@ impl Default for MysqlConfig {
             ordering: Ordering::default(),
             shards: 64,
             archive: false,
+            fetch: FetchMode::default(),
+            lag: Duration::from_secs(10),
+            sweep_interval: Duration::from_secs(60),
             statement_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             max_connections: 6,
@@ -198,6 +213,9 @@ impl fmt::Debug for MysqlConfig {
             .field("ordering", &self.ordering)
             .field("shards", &self.shards)
             .field("archive", &self.archive)
+            .field("fetch", &self.fetch)
+            .field("lag", &self.lag)
+            .field("sweep_interval", &self.sweep_interval)
             .field("statement_timeout", &self.statement_timeout)
             .field("connect_timeout", &self.connect_timeout)
             .field("max_connections", &self.max_connections)

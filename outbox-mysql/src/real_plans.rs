@@ -8,17 +8,19 @@
 )]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use outbox_core::cursor::{Cursor, Found, Intake, Pending, Plan, Reach, Span};
 use outbox_core::{
-    Death, Epoch, Held, Hold, HoldChange, HoldRef, HoldScope, HoldState, OrderKey, OwnedShard, Position,
-    RecordRef, RelayId, Settlement, Shard, ShardSettlement,
+    Death, Epoch, FetchMode, FetchRequest, Held, Hold, HoldChange, HoldRef, HoldScope, HoldState, OrderKey,
+    OwnedShard, Position, RecordRef, RelayId, Reread, RereadScope, Settlement, Shard, ShardSettlement,
 };
 use sqlx::mysql::MySqlConnection;
 use sqlx::{Connection, Executor, Row};
 
 use crate::config::MysqlConfig;
 use crate::schema::migrate;
-use crate::sql::{Passed, Sql, safe};
+use crate::sql::{Asking, Barred, Sql, safe};
 
 /// An outbox of its own, and a transaction that is open in it.
 struct Place {
@@ -101,6 +103,98 @@ impl Place {
         );
     }
 
+    /// Reading goes through an index in its order, and sorts nothing but what the shards of few gave.
+    async fn reads_in_order(&mut self) {
+        let reads = |mut plan: Vec<(String, String, String)>| {
+            plan.retain(|(table, ..)| table == "o");
+            plan.into_iter()
+                .map(|(_, access, index)| (access, index))
+                .collect::<Vec<_>>()
+        };
+        // The wide part after what is pending, a lane and a single; then the first fetch ever, which has only that.
+        let (wide, held) = (request(64), &request(64).held);
+        let barred = Barred::new(held);
+        let mut asking = Asking {
+            plan: &plan(&wide, true),
+            low: 50,
+            owned: &wide.shards,
+            few: false,
+            barred: &barred,
+        };
+        let (found, sorted) = self.plan(&self.sql.fetch(&asking)).await;
+        let indexes: Vec<String> = reads(found.clone()).into_iter().map(|(_, index)| index).collect();
+        assert_eq!(
+            indexes,
+            ["PRIMARY", "outbox_shard", "PRIMARY", "PRIMARY"],
+            "{found:?}"
+        );
+        assert!(!sorted, "{found:?}");
+        let first = plan(&wide, false);
+        asking.plan = &first;
+        let (found, sorted) = self.plan(&self.sql.fetch(&asking)).await;
+        assert_eq!(reads(found.clone()).len(), 1, "{found:?}");
+        assert!(
+            found.iter().all(|(.., index)| index == "PRIMARY") && !sorted,
+            "{found:?}"
+        );
+
+        let few = request(2);
+        let first = plan(&few, false);
+        asking = Asking {
+            plan: &first,
+            owned: &few.shards,
+            few: true,
+            ..asking
+        };
+        let (found, _) = self.plan(&self.sql.fetch(&asking)).await;
+        let own = reads(found.clone());
+        assert!(
+            own.len() == 2 && own.iter().all(|(_, index)| index == "outbox_shard"),
+            "{found:?}"
+        );
+    }
+
+    /// What is looked at, with the eyes of a dirty read, is a part of the primary key.
+    async fn looks_in_order(&mut self) {
+        let wide = request(64);
+        let plan = plan(&wide, true);
+        let barred = Barred::new(&wide.held);
+        let asking = Asking {
+            plan: &plan,
+            low: 50,
+            owned: &wide.shards,
+            few: false,
+            barred: &barred,
+        };
+        let spans = [None, Some(0)].map(|lane| Span {
+            lane,
+            above: 10,
+            upto: 90,
+        });
+        let mut pending = Pending::new(Duration::from_millis(1));
+        let (now, then) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        let look = pending.look(&plan, Vec::new(), &[], now).unwrap();
+        pending.learn(
+            look,
+            Found {
+                top: Some(100),
+                ..Found::default()
+            },
+            now,
+        );
+        let look = pending.look(&plan, spans.to_vec(), &[], then).unwrap();
+        assert_eq!(look.spans.len(), 2);
+        let script = self.sql.look(&look, &asking);
+        let (_, statement) = script.split_once("; ").unwrap();
+        let (found, sorted) = self.plan(statement).await;
+        let own: Vec<_> = found.iter().filter(|(table, ..)| table == "o").collect();
+        assert!(
+            own.len() == 3 && own.iter().all(|(.., index)| index == "PRIMARY") && !sorted,
+            "{found:?}"
+        );
+        assert!(own.iter().all(|(_, access, _)| access == "range"), "{found:?}");
+    }
+
     async fn gone(mut self) {
         self.open.execute("ROLLBACK").await.unwrap();
         let drop = format!("DROP DATABASE `{}`", self.database);
@@ -114,6 +208,62 @@ fn owned(shards: u16) -> Vec<OwnedShard> {
         epoch: Epoch(1),
     };
     (0..shards).map(owned).collect()
+}
+
+/// What a busy relay asks for.
+fn request(shards: u16) -> FetchRequest {
+    let key = |key: &'static str| OrderKey {
+        topic: "t".into(),
+        key: key.into(),
+    };
+    FetchRequest {
+        shards: owned(shards),
+        in_flight: (2..=100).map(|id| (Shard(0), Position(id))).collect(),
+        held: Arc::new(Held {
+            topics: [Arc::from("held")].into(),
+            keys: [(Shard(0), key("k1"))].into(),
+            ..Held::default()
+        }),
+        reread: vec![
+            Reread {
+                shard: Shard(1),
+                scope: RereadScope::Key(key("k2")),
+                from: Position(20),
+            },
+            Reread {
+                shard: Shard(1),
+                scope: RereadScope::Message,
+                from: Position(1),
+            },
+        ],
+        max_rows: 500,
+        max_bytes: 1 << 20,
+    }
+}
+
+/// The plan of a first fetch, or of one that has been at the end, with all that can be in it.
+fn plan(request: &FetchRequest, later: bool) -> Plan {
+    let mut cursor = Cursor::joint(FetchMode::Cursor, Duration::from_secs(60));
+    let start = || Reach {
+        lowest: i64::MIN,
+        pending: Vec::new(),
+    };
+    if !later {
+        return cursor.plan(request, start());
+    }
+    let first = FetchRequest {
+        reread: Vec::new(),
+        ..request.clone()
+    };
+    let plan = cursor.plan(&first, start());
+    cursor.conclude(&plan, &Intake::new(&plan), i64::MIN);
+    cursor.plan(
+        request,
+        Reach {
+            lowest: 50,
+            pending: vec![(5, 5), (7, 9)],
+        },
+    )
 }
 
 /// Names everything that a settlement can name.
@@ -186,34 +336,8 @@ async fn everything_is_looked_up(variable: &str) {
         let script = place.sql.promote("relay", &owned(1), &due);
         place.looks_up(&script, "DELETE o", "o").await;
 
-        // Reading goes through an index in its order, and sorts nothing but what the shards of few gave.
-        let held = Held {
-            topics: [Arc::from("held")].into(),
-            keys: [(
-                Shard(0),
-                OrderKey {
-                    topic: "t".into(),
-                    key: "k1".into(),
-                },
-            )]
-            .into(),
-            ..Held::default()
-        };
-        let in_flight: Vec<(Shard, Position)> = (1..=100).map(|id| (Shard(0), Position(id))).collect();
-        let passed = Passed::new(&in_flight, &held);
-        let all = place.sql.fetch(&owned(64), false, &passed, 500);
-        let (plan, sorted) = place.plan(&all).await;
-        assert!(
-            plan.iter().all(|(.., index)| index == "PRIMARY") && !sorted,
-            "{plan:?}"
-        );
-        let few = place.sql.fetch(&owned(2), true, &passed, 500);
-        let (plan, _) = place.plan(&few).await;
-        let own: Vec<_> = plan.iter().filter(|(table, ..)| table == "o").collect();
-        assert!(
-            own.len() == 2 && own.iter().all(|(.., index)| index == "outbox_shard"),
-            "{plan:?}"
-        );
+        place.reads_in_order().await;
+        place.looks_in_order().await;
         place.gone().await;
     }
 }

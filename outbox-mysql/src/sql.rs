@@ -11,8 +11,9 @@ mod tables;
 use std::fmt::{self, Display, Write};
 use std::sync::Arc;
 
+use outbox_core::cursor::{Look, Plan};
 use outbox_core::{
-    DeadLetterQuery, Death, Held, HoldChanges, HoldName, HoldRef, Identifier, Ordering, OwnedShard, Position,
+    DeadLetterQuery, Death, Held, HoldChanges, HoldName, HoldRef, Identifier, OrderKey, Ordering, OwnedShard,
     RecordRef, Settlement, Shard, ShardSettlement, Subject,
 };
 use sqlx::mysql::{MySql, MySqlArguments};
@@ -21,7 +22,7 @@ use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 pub(crate) use self::literal::Field;
 use self::literal::{json, list, literal, none_of, text};
-pub(crate) use self::tables::{META, SERVER, grants, migration, ordering, tables};
+pub(crate) use self::tables::{META, SERVER, WRITERS, grants, migration, ordering, tables};
 use crate::config::MysqlConfig;
 use crate::hold::{named, whole};
 
@@ -734,11 +735,7 @@ impl Sql {
     ) -> String {
         let meant = match subject {
             Subject::Message(id) => format!("o.message_id = {}", literal(id.as_bytes())),
-            Subject::Key(key) => format!(
-                "o.topic = {} AND o.`key` = {}",
-                text(&key.topic),
-                literal(&key.key)
-            ),
+            Subject::Key(key) => of_key(key),
             Subject::Topic(topic) => format!("o.topic = {}", text(topic)),
         };
         let (index, within) = match shard {
@@ -800,57 +797,219 @@ impl Sql {
     }
 }
 
+/// What one fetch asks for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asking<'a> {
+    pub(crate) plan: &'a Plan,
+    /// Above it everything is read, whatever the positions are.
+    pub(crate) low: i64,
+    pub(crate) owned: &'a [OwnedShard],
+    /// Whether each shard is read by itself.
+    pub(crate) few: bool,
+    pub(crate) barred: &'a Barred,
+}
+
 /// Reading.
 impl Sql {
-    /// The first rows of these shards that are neither held nor in flight. One statement, that is one snapshot.
+    /// What a plan asks for, in the order of its parts: the part, its index, and the row. One statement, that is one
+    /// snapshot.
     ///
     /// Who owns most shards goes through the table in its order; who owns few, through these alone.
-    pub(crate) fn fetch(&self, owned: &[OwnedShard], few: bool, passed: &Passed, limit: usize) -> String {
-        let select = |index: &str, whose: &str| {
+    pub(crate) fn fetch(&self, asking: &Asking<'_>) -> String {
+        let Asking {
+            plan,
+            low,
+            owned,
+            few,
+            barred,
+        } = *asking;
+        let select = |place: &str, index: &str, condition: &str, limit: usize| {
             format!(
-                "SELECT o.shard, o.id, {} FROM {} o FORCE INDEX ({index}) WHERE {whose} AND {} ORDER BY o.id LIMIT {limit}",
+                "(SELECT {place}, o.shard, o.id, {} FROM {} o FORCE INDEX ({index}) WHERE {condition} \
+                 ORDER BY o.id LIMIT {limit})",
                 read("o.key_seq"),
-                self.outbox,
-                passed.0
+                self.outbox
             )
         };
+        let by_shard = format!("`{}_shard`", self.prefix);
+        let skip = none_of("o.id", &plan.skip);
+        let mut parts = Vec::new();
+        if !plan.singles.is_empty() {
+            let ids = list(plan.singles.iter().map(|(_, id)| id));
+            let condition = format!("o.id IN ({ids}) AND {}", barred.topics());
+            parts.push(select("1, 0", "PRIMARY", &condition, plan.singles.len()));
+        }
+        for (index, lane) in plan.lanes.iter().enumerate() {
+            let appear = appear(&plan.pending, lane.after.min(low));
+            let condition = format!(
+                "o.shard = {} AND (o.id > {} OR {appear}) AND o.id <= {} AND {} AND {skip}",
+                lane.shard,
+                lane.after.min(low),
+                lane.upto,
+                of_key(&lane.key)
+            );
+            parts.push(select(&format!("2, {index}"), &by_shard, &condition, lane.quota));
+        }
+        let passed = format!(
+            "{skip} AND {} AND {}",
+            barred.topics(),
+            barred.keys(plan.lanes.iter().map(|lane| &lane.key))
+        );
+        let own = format!("o.shard IN ({})", list(owned.iter().map(|owned| owned.shard)));
+        for asked in &plan.shards {
+            let after = asked.after.min(low);
+            let mut part = |index: &str, whose: &str| {
+                let condition = format!("{whose} AND {passed}");
+                parts.push(select("3, 0", index, &condition, asked.quota));
+            };
+            if plan.pending.first().is_some_and(|(first, _)| *first <= after) {
+                part("PRIMARY", &format!("{} AND {own}", appear(&plan.pending, after)));
+            }
+            if few {
+                for owned in owned {
+                    part(
+                        &by_shard,
+                        &format!("o.shard = {} AND o.id > {after}", owned.shard),
+                    );
+                }
+            } else {
+                part("PRIMARY", &format!("o.id > {after} AND {own}"));
+            }
+        }
+        let all = parts.join(" UNION ALL ");
         if few {
-            let index = format!("`{}_shard`", self.prefix);
-            let each: Vec<String> = owned
-                .iter()
-                .map(|owned| format!("({})", select(&index, &format!("o.shard = {}", owned.shard))))
-                .collect();
-            format!("{} ORDER BY 2 LIMIT {limit}", each.join(" UNION ALL "))
+            let apart = plan.singles.len() + plan.lanes.iter().map(|lane| lane.quota).sum::<usize>();
+            let most = apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
+            format!("{all} ORDER BY 1, 2, 4 LIMIT {most}")
         } else {
-            let shards = list(owned.iter().map(|owned| owned.shard));
-            select("PRIMARY", &format!("o.shard IN ({shards})"))
+            all
+        }
+    }
+
+    /// What is stored, committed or not: the number of a span, or 0 for what was pending, and a position; and the highest
+    /// position with -1. The second answer.
+    pub(crate) fn look(&self, look: &Look, asking: &Asking<'_>) -> String {
+        let Asking {
+            plan, owned, barred, ..
+        } = *asking;
+        let select = |span: usize, condition: &str| {
+            format!(
+                "(SELECT {span}, o.id FROM {} o FORCE INDEX (PRIMARY) WHERE {condition} ORDER BY o.id LIMIT {})",
+                self.outbox, look.limit
+            )
+        };
+        let top = match look.top {
+            // Never the highest by itself: the end of a busy table is full of what is deleted and not cleaned up.
+            Some(top) => format!(
+                "(SELECT o.id FROM {} o FORCE INDEX (PRIMARY) WHERE o.id > {top} ORDER BY o.id LIMIT {FAR}) o",
+                self.outbox
+            ),
+            None => format!("{} o", self.outbox),
+        };
+        let mut parts = vec![format!("(SELECT -1, MAX(o.id) FROM {top})")];
+        if !look.pending.is_empty() {
+            let condition = format!(
+                "{} AND {} AND {}",
+                appear(&look.pending, i64::MAX),
+                barred.topics(),
+                barred.keys([])
+            );
+            parts.push(select(0, &condition));
+        }
+        for (index, span) in look.spans.iter().enumerate() {
+            let whose = match span.lane.and_then(|lane| plan.lanes.get(lane)) {
+                Some(lane) => format!("o.shard = {} AND {}", lane.shard, of_key(&lane.key)),
+                None => format!(
+                    "o.shard IN ({}) AND {} AND {}",
+                    list(owned.iter().map(|owned| owned.shard)),
+                    barred.topics(),
+                    barred.keys(plan.lanes.iter().map(|lane| &lane.key))
+                ),
+            };
+            let condition = format!("o.id > {} AND o.id <= {} AND {whose}", span.above, span.upto);
+            parts.push(select(index + 1, &condition));
+        }
+        format!(
+            "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED; {}",
+            parts.join(" UNION ALL ")
+        )
+    }
+}
+
+/// How far it is looked ahead for the highest position.
+const FAR: usize = 20_000;
+
+/// The row is one of those up to `upto` that can still appear.
+fn appear(pending: &[(i64, i64)], upto: i64) -> String {
+    let below = || {
+        pending
+            .iter()
+            .filter(|(first, _)| *first <= upto)
+            .map(|(first, last)| (*first, (*last).min(upto)))
+    };
+    let single = list(
+        below()
+            .filter(|(first, last)| first == last)
+            .map(|(first, _)| first),
+    );
+    let ranges = below()
+        .filter(|(first, last)| first != last)
+        .map(|(first, last)| format!(" OR o.id BETWEEN {first} AND {last}"));
+    let single = if single.is_empty() {
+        "FALSE".to_owned()
+    } else {
+        format!("o.id IN ({single})")
+    };
+    format!("({single}{})", ranges.collect::<String>())
+}
+
+fn of_key(key: &OrderKey) -> String {
+    format!(
+        "o.topic = {} AND o.`key` = {}",
+        text(&key.topic),
+        literal(&key.key)
+    )
+}
+
+/// What is held, as text: the relay hands over the same set until it changes.
+#[derive(Debug)]
+pub(crate) struct Barred {
+    held: Arc<Held>,
+    topics: String,
+    keys: String,
+}
+
+impl Barred {
+    pub(crate) fn new(held: &Arc<Held>) -> Self {
+        Self {
+            topics: none_of("o.topic", held.topics.iter().map(|topic| text(topic))),
+            keys: list(held.keys.iter().map(|(_, key)| pair(key))),
+            held: Arc::clone(held),
+        }
+    }
+
+    pub(crate) fn follow(&mut self, held: &Arc<Held>) {
+        if !Arc::ptr_eq(&self.held, held) {
+            *self = Self::new(held);
+        }
+    }
+
+    /// The row's topic is not held.
+    fn topics(&self) -> &str {
+        &self.topics
+    }
+
+    /// The row's key is neither held nor one of these.
+    fn keys<'k>(&self, apart: impl IntoIterator<Item = &'k OrderKey>) -> String {
+        let apart = list(apart.into_iter().map(pair));
+        match (self.keys.as_str(), apart.as_str()) {
+            ("", "") => "TRUE".to_owned(),
+            (one, "") | ("", one) => format!("(o.`key` IS NULL OR (o.topic, o.`key`) NOT IN ({one}))"),
+            (held, apart) => format!("(o.`key` IS NULL OR (o.topic, o.`key`) NOT IN ({held},{apart}))"),
         }
     }
 }
 
-/// The condition that leaves out what must not be returned.
-#[derive(Debug)]
-pub(crate) struct Passed(String);
-
-impl Passed {
-    pub(crate) fn new(in_flight: &[(Shard, Position)], held: &Held) -> Self {
-        let positions = in_flight
-            .iter()
-            .chain(&held.messages)
-            .map(|(_, position)| position);
-        let mut condition = none_of("o.id", positions);
-        if !held.topics.is_empty() {
-            let topics = none_of("o.topic", held.topics.iter().map(|topic| text(topic)));
-            let _ = write!(condition, " AND {topics}");
-        }
-        if !held.keys.is_empty() {
-            let keys = held
-                .keys
-                .iter()
-                .map(|(_, key)| format!("({},{})", text(&key.topic), literal(&key.key)));
-            let keys = none_of("(o.topic, o.`key`)", keys);
-            let _ = write!(condition, " AND (o.`key` IS NULL OR {keys})");
-        }
-        Self(condition)
-    }
+fn pair(key: &OrderKey) -> String {
+    format!("({},{})", text(&key.topic), literal(&key.key))
 }

@@ -4,9 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, Identifier, Limits, Ordering, Result, human};
+use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Limits, Ordering, Result, human};
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 /// Where an outbox lives and how it is read and written.
@@ -273,21 +273,6 @@ impl PostgresConfig {
     pub fn describe(&self) -> String {
         format!("{:?}", Described(self))
     }
-}
-
-/// How the relay reads.
-///
-/// ```
-/// assert_eq!(outbox_postgres::FetchMode::default(), outbox_postgres::FetchMode::Cursor);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FetchMode {
-    /// From where it stopped, and from where the transactions began that have finished since.
-    #[default]
-    Cursor,
-    /// From the start each time: correct by construction, slow behind many held messages.
-    Rescan,
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 #![doc = include_str!("../README.md")]
 
 mod config;
-mod cursor;
 mod enqueue;
 mod error;
 mod hold;
@@ -17,10 +16,10 @@ mod session;
 mod sql;
 mod store;
 
-pub use config::{FetchMode, PostgresConfig};
+pub use config::PostgresConfig;
 pub use enqueue::{PostgresOutbox, begin};
 pub use inbox::PostgresInbox;
-pub use outbox_core::{Error, ErrorKind, Identifier, Result};
+pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Result};
 pub use schema::{Migrated, Role, grant_sql, migrate, migration_sql};
 /// How secrets are wrapped, a type of which is part of this crate's API.
 pub use secrecy;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
+use outbox_core::cursor::{Cursor, Intake, Place, Plan, Snapshot, Told, Transactions, Xid};
 use outbox_core::{Error, ErrorKind, FetchRequest, Fetched, Held, Reader, Record, Result, within};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
-use crate::config::{FetchMode, PostgresConfig};
-use crate::cursor::{Cursor, Intake, Place, Plan, Server, Snapshot};
+use crate::config::PostgresConfig;
 use crate::error::During;
 use crate::row::{Rows, limit, number, small, text};
 use crate::session::{Opening, Settings};
@@ -25,6 +25,7 @@ pub(crate) struct PostgresReader {
     sql: Arc<Sql>,
     config: Arc<PostgresConfig>,
     cursor: Cursor,
+    transactions: Transactions,
     /// When the server was started, as it told at the first fetch.
     started: Option<String>,
     /// The last position that was drawn before the last fetch.
@@ -40,7 +41,8 @@ impl PostgresReader {
             connection: opening.connect(config, DURING).await?,
             opening,
             sql: Arc::clone(sql),
-            cursor: Cursor::new(config.sweep_interval(), config.fetch == FetchMode::Rescan),
+            cursor: Cursor::new(config.fetch, config.sweep_interval()),
+            transactions: Transactions::new(),
             config: Arc::clone(config),
             started: None,
             last: i64::MIN,
@@ -49,7 +51,7 @@ impl PostgresReader {
     }
 
     async fn read(&mut self, request: &FetchRequest) -> Result<Fetched> {
-        let plan = self.cursor.plan(request);
+        let plan = self.cursor.plan(request, self.transactions.reach());
         self.barred.follow(&request.held);
         if let Some(begin) = self.opening.pooled() {
             self.connection
@@ -67,16 +69,9 @@ impl PostgresReader {
         if let Some(reason) = self.replaced(&server) {
             return Ok(Fetched::Reset { reason });
         }
-        let conclusion = self.cursor.conclude(&plan, &intake, &server.state);
-        if conclusion.surplus > 0 {
-            metrics::counter!("outbox_sweep_surplus_total", "store" => "postgres")
-                .increment(u64::try_from(conclusion.surplus).unwrap_or(u64::MAX));
-            tracing::error!(
-                rows = conclusion.surplus,
-                outbox = self.config.place(),
-                "messages below the cursor had not been read; they are now. Was an id written by hand?"
-            );
-        }
+        let low = self.transactions.learn(&server.told);
+        let conclusion = self.cursor.conclude(&plan, &intake, low);
+        conclusion.report("postgres", &self.config.place());
         Ok(Fetched::Batch {
             records,
             more: conclusion.more,
@@ -85,7 +80,16 @@ impl PostgresReader {
 
     /// Runs the statement and takes of its rows what the limits allow; the rest is read off the wire and dropped.
     async fn run(&mut self, plan: &Plan) -> Result<(Answer, Vec<Record>, Intake)> {
-        let query = Binding::new(plan, &self.barred);
+        let finished = if plan.from_start {
+            (i64::MIN, Vec::new())
+        } else {
+            self.transactions.finished()
+        };
+        let query = Binding {
+            plan,
+            finished,
+            barred: &self.barred,
+        };
         let mut stream = query.bind(&self.sql).fetch(&mut self.connection);
         let mut answer = None;
         let mut records = Vec::new();
@@ -130,7 +134,7 @@ impl PostgresReader {
                 answer.started
             ));
         }
-        let known = std::mem::replace(&mut self.last, answer.state.last);
+        let known = std::mem::replace(&mut self.last, answer.told.last);
         (self.last < known).then(|| {
             format!(
                 "positions went back from {known} to {}: the sequence was reset or the database restored",
@@ -164,7 +168,7 @@ impl fmt::Debug for PostgresReader {
 
 /// The first row: what the server says of itself.
 struct Answer {
-    state: Server,
+    told: Told,
     started: String,
 }
 
@@ -202,7 +206,7 @@ impl Answer {
             ));
         }
         Ok(Self {
-            state: Server {
+            told: Told {
                 snapshot,
                 last: number(row, 3).during(DURING)?,
                 ahead,
@@ -236,21 +240,20 @@ impl Barred {
 /// A plan as the statement's parameters, in their order.
 struct Binding<'p> {
     plan: &'p Plan,
+    /// As of [`Transactions::finished`].
+    finished: (i64, Vec<(Xid, i64)>),
     barred: &'p Barred,
 }
 
 impl<'p> Binding<'p> {
-    const fn new(plan: &'p Plan, barred: &'p Barred) -> Self {
-        Self { plan, barred }
-    }
-
     fn bind(&self, sql: &Sql) -> sqlx::query::Query<'p, sqlx::Postgres, sqlx::postgres::PgArguments> {
-        let Self { plan, barred } = self;
-        let (xids, bounds): (Vec<String>, Vec<i64>) = plan
-            .running
-            .iter()
-            .map(|(xid, low)| (xid.to_string(), *low))
-            .unzip();
+        let Self {
+            plan,
+            finished: (below, running),
+            barred,
+        } = self;
+        let (xids, bounds): (Vec<String>, Vec<i64>) =
+            running.iter().map(|(xid, low)| (xid.to_string(), *low)).unzip();
         let (single_shards, singles): (Vec<i16>, Vec<i64>) = plan
             .singles
             .iter()
@@ -272,7 +275,7 @@ impl<'p> Binding<'p> {
             .collect();
         sql.fetch
             .query()
-            .bind(plan.below)
+            .bind(*below)
             .bind(xids)
             .bind(bounds)
             .bind(&plan.skip)

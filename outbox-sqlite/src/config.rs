@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, Identifier, Limits, Ordering, Result, human};
+use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Limits, Ordering, Result, human};
 use serde::{Deserialize, Serialize};
 
 /// Where an outbox lives and how it is read and written.
@@ -133,23 +133,6 @@ pub enum Synchronous {
     Normal,
     /// At each commit.
     Full,
-}
-
-/// How the relay reads.
-///
-/// ```
-/// use outbox_sqlite::{FetchMode, SqliteConfig};
-///
-/// let config = SqliteConfig { fetch: FetchMode::Rescan, ..SqliteConfig::new("app.db") };
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FetchMode {
-    /// From where it stopped, and separately what is wanted again.
-    #[default]
-    Cursor,
-    /// From the start each time: correct by construction, slow behind many held messages.
-    Rescan,
 }
 
 #[cfg(test)]

@@ -16,10 +16,10 @@ mod store;
 mod wake;
 mod worker;
 
-pub use config::{FetchMode, SqliteConfig, Synchronous};
+pub use config::{SqliteConfig, Synchronous};
 pub use enqueue::SqliteOutbox;
 pub use inbox::SqliteInbox;
-pub use outbox_core::{Error, ErrorKind, Identifier, Result};
+pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Result};
 /// The driver, whose types are part of this crate's API.
 pub use rusqlite;
 pub use schema::{Migrated, migrate, migration_sql};

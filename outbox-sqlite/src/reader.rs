@@ -5,10 +5,10 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use outbox_core::{Epoch, FetchRequest, Fetched, Held, Ordering, Reader, Record, Reread, Result};
+use outbox_core::{Epoch, FetchMode, FetchRequest, Fetched, Held, Ordering, Reader, Record, Reread, Result};
 use rusqlite::{Connection, Transaction, params};
 
-use crate::config::{FetchMode, SqliteConfig};
+use crate::config::SqliteConfig;
 use crate::cursor::Cursor;
 use crate::error::During;
 use crate::operate::bound;

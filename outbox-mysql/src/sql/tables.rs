@@ -85,6 +85,10 @@ const SUFFIXES: [&str; 12] = [
 /// What the server is, and whether it can be used. MariaDB says its name in its version.
 pub(crate) const SERVER: &str = "SELECT VERSION(), @@global.read_only";
 
+/// Tells whether other servers take writes as well.
+pub(crate) const WRITERS: &str = "SHOW GLOBAL VARIABLES WHERE (Variable_name = 'wsrep_on' AND Value = 'ON') \
+     OR (Variable_name = 'group_replication_single_primary_mode' AND Value = 'OFF')";
+
 const BEGIN_PROCEDURE: &str = "-- begin procedure\n";
 const END_PROCEDURE: &str = "-- end procedure\n";
 

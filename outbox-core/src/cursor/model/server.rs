@@ -1,11 +1,13 @@
 //! The server: transactions, a sequence, a table of rows with the numbers of who wrote and who deleted them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use outbox_core::Shard;
-
-use super::super::{Server, Snapshot, Xid};
+use super::super::{Snapshot, Told, Xid};
 use super::Variant;
+use crate::shard::Shard;
+
+/// No statement takes longer from drawing a position to storing its row.
+pub(super) const LAG: u64 = 40;
 
 /// A message that is to be written.
 #[derive(Debug, Clone, Copy)]
@@ -39,9 +41,22 @@ impl Row {
 #[derive(Debug, Default)]
 struct Open {
     xid: Option<Xid>,
+    /// Stored, and not committed.
     drawn: Vec<(i64, Draft)>,
+    /// Drawn by the statement that runs, and not stored yet, with the time by which it is.
+    storing: VecDeque<(u64, i64, Draft)>,
     /// Ends seldom.
     slow: bool,
+}
+
+impl Open {
+    /// The statement that runs stores its next row; says whether there was one.
+    fn store(&mut self) -> bool {
+        let next = self.storing.pop_front();
+        self.drawn
+            .extend(next.map(|(_, position, draft)| (position, draft)));
+        next.is_some()
+    }
 }
 
 /// A producer's connection.
@@ -66,13 +81,16 @@ pub(super) struct Database {
     /// Who writes to which key, where producers lock it.
     locks: BTreeMap<usize, usize>,
     serial: bool,
+    /// Whether statements of several rows draw all positions before they store the first row.
+    draws_ahead: bool,
+    pub(super) clock: u64,
     pub(super) rows: Vec<Row>,
     /// Settlements: what each deletes.
     settling: BTreeMap<Xid, Vec<(Shard, i64)>>,
 }
 
 impl Database {
-    pub(super) fn new(variant: Variant, serial: bool, sessions: usize) -> Self {
+    pub(super) fn new(variant: Variant, serial: bool, sessions: usize, draws_ahead: bool) -> Self {
         Self {
             variant,
             next_xid: 730,
@@ -83,8 +101,24 @@ impl Database {
             lively: sessions,
             locks: BTreeMap::new(),
             serial,
+            draws_ahead,
+            clock: 0,
             rows: Vec::new(),
             settling: BTreeMap::new(),
+        }
+    }
+
+    /// Time passes.
+    pub(super) fn tick(&mut self) {
+        self.clock += 1;
+        for open in self
+            .sessions
+            .iter_mut()
+            .filter_map(|session| session.open.as_mut())
+        {
+            while open.storing.front().is_some_and(|(by, ..)| *by <= self.clock) {
+                open.store();
+            }
         }
     }
 
@@ -131,7 +165,7 @@ impl Database {
         let open = Open {
             xid: Some(xid),
             drawn: vec![(position, draft)],
-            slow: false,
+            ..Open::default()
         };
         self.sessions.push(Session {
             open: Some(open),
@@ -160,6 +194,10 @@ impl Database {
             }
             return false;
         };
+        if open.store() {
+            self.sessions[session].open = Some(open);
+            return false;
+        }
         if open.xid.is_none() && !open.drawn.is_empty() {
             // Only under `Variant::PositionFirst`.
             open.xid = Some(self.assign());
@@ -191,8 +229,14 @@ impl Database {
                     if self.variant != Variant::PositionFirst {
                         open.xid.get_or_insert_with(|| self.assign());
                     }
-                    let position = self.draw(session);
-                    open.drawn.push((position, draft));
+                    let rows = if self.draws_ahead { random.u64(1..=3) } else { 1 };
+                    for _ in 0..rows {
+                        let position = self.draw(session);
+                        open.storing.push_back((self.clock + LAG, position, draft));
+                    }
+                    if !self.draws_ahead {
+                        open.store();
+                    }
                     wrote = true;
                 }
             }
@@ -226,7 +270,7 @@ impl Database {
     /// How many rows are stored and not committed.
     pub(super) fn open_rows(&self) -> usize {
         let open = self.sessions.iter().filter_map(|session| session.open.as_ref());
-        open.map(|open| open.drawn.len()).sum()
+        open.map(|open| open.drawn.len() + open.storing.len()).sum()
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -289,9 +333,21 @@ impl Database {
         }
     }
 
+    /// What is stored, committed or not, but for what is being deleted.
+    pub(super) fn dirty(&self) -> Vec<(i64, Draft)> {
+        let committed = self.rows.iter().filter(|row| row.deleter.is_none());
+        let open = self.sessions.iter().filter_map(|session| session.open.as_ref());
+        let mut rows: Vec<(i64, Draft)> = committed
+            .map(|row| (row.position, row.draft))
+            .chain(open.flat_map(|open| open.drawn.iter().copied()))
+            .collect();
+        rows.sort_unstable_by_key(|(position, _)| *position);
+        rows
+    }
+
     /// What is told of a snapshot that was taken a moment ago, with the sequence as it was read since.
-    pub(super) fn tell(&self, snapshot: &Snapshot, last: i64) -> Server {
-        Server {
+    pub(super) fn tell(&self, snapshot: &Snapshot, last: i64) -> Told {
+        Told {
             ahead: if self.variant == Variant::XmaxIsNext {
                 0
             } else {

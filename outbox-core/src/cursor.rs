@@ -1,15 +1,16 @@
-//! Reading from where it stopped, exactly: pure logic over what the server told.
+//! Reading from where it stopped, exactly: pure logic for readers of databases, without I/O.
 //!
-//! Positions are drawn from a sequence while transactions are open, so a plain `id > last` loses what is committed
-//! later with a lower id. But a transaction gets its number **before** it draws its first position (the default of the
-//! column `id` sees to that). So of a transaction numbered `x` or later it is known below which position none of its
-//! rows can lie: wherever the sequence stood when the next number to be given was still at most `x`. The cursor keeps
-//! a history of such marks, and at each fetch it asks for what lies above
+//! Positions are drawn while transactions are open, so a plain `id > last` loses what is committed later with a lower
+//! position. A [`Cursor`] asks at each fetch for what lies above
 //!
-//! - the shard's own position: what it has not read yet, and
-//! - the lowest mark of the transactions that have **finished** since the last snapshot: what can have appeared below.
+//! - its own position, of each shard: what it has not read yet, and
+//! - the lowest position at which something can have **appeared** since the last fetch, which the store must know.
 //!
-//! A transaction that stays open costs nothing until it ends. The invariant, at the end of each fetch:
+//! Two ways to know it are here. [`Transactions`] is for servers that number their transactions before these draw
+//! positions, and that tell which of them a snapshot sees. [`Pending`] is for servers that show what is stored and not
+//! committed. Where positions are drawn in the order of commits, nothing ever appears below.
+//!
+//! The invariant, at the end of each fetch:
 //!
 //! > **Every undelivered row that is visible in the fetch's snapshot was returned since it was last asked for, is
 //! > held, lies above its shard's position, or is ahead of a lane.**
@@ -19,45 +20,62 @@
 //! a keyless message that is wanted again. A held key has a sleeping lane, which remembers where the scans began that
 //! passed it over.
 
+mod pending;
 mod plan;
 mod scans;
-mod snapshot;
+mod transactions;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Epoch, FetchRequest, Held, OrderKey, Position, RereadScope, Shard};
-
-pub(crate) use self::plan::{Intake, LanePlan, Place, Plan, ShardPlan};
+pub use self::pending::{Found, Look, Pending};
+pub use self::plan::{Conclusion, Intake, LanePlan, Place, Plan, Reach, ShardPlan, Span};
 use self::scans::Scans;
-pub(crate) use self::snapshot::{Server, Snapshot, Xid};
+pub use self::transactions::{Snapshot, Told, Transactions, Xid};
+use crate::fetch::{FetchMode, FetchRequest, Held, RereadScope};
+use crate::message::OrderKey;
+use crate::shard::{Epoch, OwnedShard, Position, Shard};
 
 /// The position of a shard of which nothing is left to read.
 const END: i64 = i64::MAX;
 /// The position before everything.
 const START: i64 = i64::MIN;
 
+/// What stands for all shards where they are read as one.
+const ALL: Shard = Shard(0);
+
 /// More lanes at once make each fetch slow; beyond it the shard's position goes back instead.
 const MAX_LANES: usize = 16;
-/// More marks cost memory and give nothing: old ones can be thinned out, which only makes the cursor look further back.
-const MAX_MARKS: usize = 128;
-
-/// All transactions numbered `from` or later draw positions above `last`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mark {
-    from: Xid,
-    last: i64,
-}
-
-/// Where the reader stands.
+/// Where a reader stands. It belongs to one reader and is lost with it, which is always safe.
+///
+/// ```
+/// use std::time::Duration;
+/// use outbox_core::cursor::{Cursor, Intake, Place, Reach};
+/// use outbox_core::{Epoch, FetchMode, FetchRequest, OwnedShard, Shard};
+///
+/// let mut cursor = Cursor::new(FetchMode::Cursor, Duration::from_secs(60));
+/// let request = FetchRequest {
+///     shards: vec![OwnedShard { shard: Shard(0), epoch: Epoch(1) }],
+///     max_rows: 100,
+///     max_bytes: 1 << 20,
+///     ..FetchRequest::default()
+/// };
+/// // Here positions are drawn in the order of commits: nothing appears below what was read.
+/// let reach = Reach { lowest: i64::MAX, pending: Vec::new() };
+/// let plan = cursor.plan(&request, reach);
+/// assert_eq!((plan.shards[0].after, plan.shards[0].quota), (i64::MIN, 100));
+/// // The store asks its database for that, and offers the rows one by one.
+/// let mut intake = Intake::new(&plan);
+/// assert!(intake.offer(&plan, Place::Shard(0), 7, 20));
+/// let conclusion = cursor.conclude(&plan, &intake, i64::MAX);
+/// assert!(!conclusion.more);
+/// ```
 #[derive(Debug)]
-pub(crate) struct Cursor {
+pub struct Cursor {
     rescans: bool,
-    /// The snapshot of the last fetch.
-    snapshot: Option<Snapshot>,
-    /// Ascending in both fields; the first one is true of every transaction.
-    marks: VecDeque<Mark>,
+    /// Whether all shards are read as one, and if so, which they were.
+    joint: Option<Joint>,
     shards: BTreeMap<Shard, Progress>,
     lanes: BTreeMap<OrderKey, Lane>,
     singles: BTreeSet<(Shard, i64)>,
@@ -77,6 +95,13 @@ pub(crate) struct Cursor {
     /// How many rows the last batches had room for, when their bytes were the limit.
     rows: usize,
     sweep: Sweep,
+}
+
+/// All shards as one: it begins anew when they are others.
+#[derive(Debug, Default)]
+struct Joint {
+    shards: Vec<OwnedShard>,
+    generation: i64,
 }
 
 #[derive(Debug)]
@@ -108,23 +133,20 @@ struct Sweep {
     due: Option<Instant>,
 }
 
-/// What a fetch came to.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Conclusion {
-    /// Whether there may be more right now.
-    pub(crate) more: bool,
-    /// Rows that a sweep found below where everything had been read: a defect, of this crate or of who wrote a
-    /// position by hand.
-    pub(crate) surplus: usize,
-}
-
 impl Cursor {
-    /// Before everything. One that `rescans` reads from the start each time, and remembers only which shards have more.
-    pub(crate) fn new(sweep_interval: Duration, rescans: bool) -> Self {
+    /// Before everything, with a position for each shard. One that rescans reads from the start each time, and remembers
+    /// only which shards have more.
+    ///
+    /// ```
+    /// use outbox_core::{FetchMode, cursor::Cursor};
+    ///
+    /// let cursor = Cursor::new(FetchMode::Rescan, std::time::Duration::from_secs(60));
+    /// ```
+    #[must_use]
+    pub fn new(mode: FetchMode, sweep_interval: Duration) -> Self {
         Self {
-            rescans,
-            snapshot: None,
-            marks: VecDeque::from([Mark { from: 0, last: START }]),
+            rescans: mode == FetchMode::Rescan,
+            joint: None,
             shards: BTreeMap::new(),
             lanes: BTreeMap::new(),
             singles: BTreeSet::new(),
@@ -143,8 +165,48 @@ impl Cursor {
         }
     }
 
+    /// The same with one position for all shards, for who reads a table in its order: the plan has one shard, which
+    /// stands for all of them. It begins anew whenever other shards are owned.
+    ///
+    /// ```
+    /// use outbox_core::{FetchMode, cursor::Cursor};
+    ///
+    /// let cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// ```
+    #[must_use]
+    pub fn joint(mode: FetchMode, sweep_interval: Duration) -> Self {
+        Self {
+            joint: Some(Joint::default()),
+            ..Self::new(mode, sweep_interval)
+        }
+    }
+
+    fn progress(&self, shard: Shard) -> Option<&Progress> {
+        self.shards.get(if self.joint.is_some() { &ALL } else { &shard })
+    }
+
+    fn progress_mut(&mut self, shard: Shard) -> Option<&mut Progress> {
+        self.shards
+            .get_mut(if self.joint.is_some() { &ALL } else { &shard })
+    }
+
+    /// Whether a shard is read at present.
+    fn reads(&self, shard: Shard) -> bool {
+        match &self.joint {
+            Some(joint) => joint.shards.iter().any(|owned| owned.shard == shard),
+            None => self.shards.contains_key(&shard),
+        }
+    }
+
     /// Decides what to ask for.
-    pub(crate) fn plan(&mut self, request: &FetchRequest) -> Plan {
+    ///
+    /// ```
+    /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Reach}};
+    /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// assert!(plan.shards.is_empty() && plan.lanes.is_empty() && plan.singles.is_empty());
+    /// ```
+    pub fn plan(&mut self, request: &FetchRequest, reach: Reach) -> Plan {
         self.fetches += 1;
         let gained = self.follow_leases(request);
         if gained || !Arc::ptr_eq(&self.held, &request.held) {
@@ -160,17 +222,7 @@ impl Cursor {
         let max_rows = request.max_rows.max(1);
         let rows = max_rows.min(self.rows);
         let sweeps = !self.rescans && self.sweep.due.is_some_and(|due| Instant::now() >= due);
-        let (below, running) = match &self.snapshot {
-            Some(snapshot) if !sweeps && !self.rescans => (
-                self.bound(snapshot.xmax),
-                snapshot
-                    .running
-                    .iter()
-                    .map(|xid| (*xid, self.bound(*xid)))
-                    .collect(),
-            ),
-            _ => (START, Vec::new()),
-        };
+        let from_start = sweeps || self.rescans;
         let shards = self.plan_shards(rows);
         let lanes = self.plan_lanes(active, rows);
         let singles: Vec<(Shard, i64)> = self
@@ -180,12 +232,11 @@ impl Cursor {
             .take(if self.crowded_out { 0 } else { (rows / 2).max(1) })
             .copied()
             .collect();
-        let lowest = running.iter().map(|(_, low)| *low).fold(below, i64::min);
-        let skip = self.skip(request, lowest, &lanes);
+        let lowest = if from_start { START } else { reach.lowest };
         Plan {
-            below,
-            running,
-            skip,
+            from_start,
+            skip: self.skip(request, lowest, &lanes),
+            pending: reach.pending,
             singles,
             lanes,
             shards,
@@ -197,19 +248,30 @@ impl Cursor {
 
     /// Forgets shards that are not owned any more under the same epoch; says whether there are new ones.
     fn follow_leases(&mut self, request: &FetchRequest) -> bool {
-        let owned: BTreeMap<Shard, Epoch> = request
-            .shards
-            .iter()
-            .map(|owned| (owned.shard, owned.epoch))
-            .collect();
+        let owned: BTreeMap<Shard, Epoch> = match &mut self.joint {
+            Some(joint) => {
+                if joint.shards != request.shards {
+                    joint.shards.clone_from(&request.shards);
+                    joint.generation += 1;
+                }
+                BTreeMap::from([(ALL, Epoch(joint.generation))])
+            }
+            None => request
+                .shards
+                .iter()
+                .map(|owned| (owned.shard, owned.epoch))
+                .collect(),
+        };
         let before = self.shards.len();
         self.shards
             .retain(|shard, progress| owned.get(shard) == Some(&progress.epoch));
         if self.shards.len() < before {
             // A shard that comes back is read from the start: nothing of it is wanted apart.
-            let shards = &self.shards;
-            self.lanes.retain(|_, lane| shards.contains_key(&lane.shard));
-            self.singles.retain(|(shard, _)| shards.contains_key(shard));
+            let (shards, joint) = (&self.shards, self.joint.is_some());
+            self.lanes
+                .retain(|_, lane| !joint && shards.contains_key(&lane.shard));
+            self.singles
+                .retain(|(shard, _)| !joint && shards.contains_key(shard));
         }
         let known = self.shards.len();
         for (shard, epoch) in owned {
@@ -236,7 +298,7 @@ impl Cursor {
             }
         }
         for (shard, key) in &now.keys {
-            if self.shards.contains_key(shard) {
+            if self.reads(*shard) {
                 let lane = self.lanes.entry(key.clone()).or_insert(Lane {
                     shard: *shard,
                     position: END,
@@ -266,7 +328,7 @@ impl Cursor {
             self.topics.entry(Arc::clone(topic)).or_insert(self.fetches);
         }
         for (shard, message) in before.messages.difference(&now.messages) {
-            if self.shards.contains_key(shard) {
+            if self.reads(*shard) {
                 self.singles.insert((*shard, message.0));
             }
         }
@@ -290,10 +352,13 @@ impl Cursor {
             }
         }
         for reread in &request.reread {
-            let Some(progress) = self.shards.get_mut(&reread.shard) else {
+            let (from, before) = (reread.from.0, reread.from.0.saturating_sub(1));
+            if !self.reads(reread.shard) {
+                continue;
+            }
+            let Some(progress) = self.progress_mut(reread.shard) else {
                 continue;
             };
-            let (from, before) = (reread.from.0, reread.from.0.saturating_sub(1));
             if from > progress.position {
                 continue;
             }
@@ -329,18 +394,19 @@ impl Cursor {
         active.sort_unstable();
         for (position, key) in active.iter().skip(MAX_LANES) {
             if let Some(lane) = self.lanes.remove(key)
-                && let Some(progress) = self.shards.get_mut(&lane.shard)
+                && let Some(progress) = self.progress_mut(lane.shard)
             {
                 progress.position = progress.position.min(*position);
             }
         }
-        let shards = &self.shards;
-        self.lanes.retain(|_, lane| {
+        let mut lanes = std::mem::take(&mut self.lanes);
+        lanes.retain(|_, lane| {
             lane.held_since.is_some()
-                || shards
-                    .get(&lane.shard)
+                || self
+                    .progress(lane.shard)
                     .is_some_and(|progress| lane.position < progress.position)
         });
+        self.lanes = lanes;
         active
             .into_iter()
             .take(MAX_LANES)
@@ -388,7 +454,7 @@ impl Cursor {
                 Some(LanePlan {
                     shard: lane.shard,
                     after: lane.position,
-                    upto: self.shards.get(&lane.shard)?.position,
+                    upto: self.progress(lane.shard)?.position,
                     quota: lane.step.min(most),
                     key,
                 })
@@ -399,8 +465,7 @@ impl Cursor {
     /// What scans could come across and must not return. Most of what is in flight lies below where they begin.
     fn skip(&self, request: &FetchRequest, lowest: i64, lanes: &[LanePlan]) -> Vec<i64> {
         let scanned = |shard: Shard, position: i64| {
-            self.shards
-                .get(&shard)
+            self.progress(shard)
                 .is_some_and(|progress| position > progress.position.min(lowest))
         };
         let in_lane = |shard: Shard, position: i64| {
@@ -428,32 +493,24 @@ impl Cursor {
         flights.chain(held).chain(singles).collect()
     }
 
-    /// Above what the rows of transactions numbered `xid` or later lie.
-    fn bound(&self, xid: Xid) -> i64 {
-        let index = self.marks.partition_point(|mark| mark.from <= xid);
-        self.marks
-            .get(index.saturating_sub(1))
-            .map_or(START, |mark| mark.last)
-    }
-
-    /// The lowest position above which this fetch had to look, whatever a sweep looked at.
-    fn low(&self, now: &Snapshot) -> i64 {
-        let Some(before) = &self.snapshot else {
-            return START;
-        };
-        before
-            .running
-            .iter()
-            .filter(|xid| now.sees(**xid))
-            .map(|xid| self.bound(*xid))
-            .fold(self.bound(before.xmax), i64::min)
-    }
-
-    /// Takes note of what the server answered and what was taken of it.
-    pub(crate) fn conclude(&mut self, plan: &Plan, intake: &Intake, server: &Server) -> Conclusion {
-        let low = self.low(&server.snapshot);
+    /// Takes note of what was taken of the answer. `low` is the position above which this fetch had to look, as the
+    /// store knows it now, whatever a sweep looked at.
+    ///
+    /// ```
+    /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Reach}};
+    /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// let conclusion = cursor.conclude(&plan, &Intake::new(&plan), i64::MAX);
+    /// assert_eq!((conclusion.more, conclusion.surplus), (false, 0));
+    /// ```
+    pub fn conclude(&mut self, plan: &Plan, intake: &Intake, low: i64) -> Conclusion {
         if let Some(newest) = self.newest_hold {
-            let begin = plan.shards.iter().map(|shard| shard.after).fold(low, i64::min);
+            let begin = plan
+                .shards
+                .iter()
+                .map(|shard| shard.after)
+                .chain(plan.pending.first().map(|(first, _)| first - 1))
+                .fold(low, i64::min);
             self.scans.note(self.fetches, begin, newest);
         }
 
@@ -467,8 +524,6 @@ impl Cursor {
             }
         }
 
-        self.mark(server);
-        self.snapshot = Some(server.snapshot.clone());
         self.turn = intake
             .cut
             .and_then(|index| plan.shards.get(index))
@@ -499,6 +554,7 @@ impl Cursor {
                     plan.shards
                         .get(*index)
                         .is_some_and(|asked| *position <= asked.after.min(low))
+                        && !plan.awaits(*position)
                 })
                 .count(),
         }
@@ -511,12 +567,13 @@ impl Cursor {
                 continue;
             };
             let reached = intake.cut.is_none_or(|cut| index < cut);
+            let base = asked.after.min(low);
             progress.position = if reached && taken.rows < asked.quota {
                 END
             } else if taken.rows > 0 {
-                taken.last
+                plan.reached(taken.last, base)
             } else {
-                asked.after.min(low)
+                base
             };
         }
     }
@@ -532,7 +589,7 @@ impl Cursor {
             // The main scan comes across it when the topic is let go. Were it kept here, others would wait behind it.
             if !came
                 && !self.held.topics.is_empty()
-                && let Some(progress) = self.shards.get_mut(&single.0)
+                && let Some(progress) = self.progress_mut(single.0)
             {
                 progress.missed = progress.missed.min(single.1.saturating_sub(1));
             }
@@ -548,11 +605,11 @@ impl Cursor {
             if reached && taken.rows < asked.quota {
                 self.lanes.remove(&asked.key);
                 // The main scan has left the key out once more, from there on.
-                if let Some(progress) = self.shards.get_mut(&asked.shard) {
+                if let Some(progress) = self.progress_mut(asked.shard) {
                     progress.position = progress.position.min(asked.upto);
                 }
             } else if taken.rows > 0 {
-                lane.position = taken.last;
+                lane.position = plan.reached(taken.last, asked.after.min(low));
                 lane.step = lane.step.saturating_mul(2);
             } else {
                 // What appeared below was not taken, and will not be looked for again.
@@ -561,37 +618,35 @@ impl Cursor {
         }
     }
 
-    /// Remembers where the sequence stood before the next transaction gets its number.
-    fn mark(&mut self, server: &Server) {
-        let from = server.snapshot.xmax.saturating_add(server.ahead);
-        if let Some(newest) = self.marks.back_mut()
-            && server.last > newest.last
-        {
-            if newest.from == from {
-                newest.last = server.last;
-            } else {
-                self.marks.push_back(Mark {
-                    from,
-                    last: server.last,
-                });
-            }
-        }
-        // Nobody asks any more about transactions that every snapshot sees.
-        while self
-            .marks
-            .get(1)
-            .is_some_and(|second| second.from <= server.snapshot.xmin)
-        {
-            self.marks.pop_front();
-        }
-        if self.marks.len() > MAX_MARKS {
-            let mut index = 0;
-            let half = self.marks.len() / 2;
-            self.marks.retain(|_| {
-                index += 1;
-                index > half || index % 2 == 1
-            });
-        }
+    /// Which part of what there is this fetch has gone past, after [`conclude`](Self::conclude): of these positions
+    /// nothing is asked for again. Of a joint cursor only.
+    #[must_use]
+    pub fn passed(&self, plan: &Plan, low: i64) -> Vec<Span> {
+        let all = plan.shards.first().map(|asked| Span {
+            lane: None,
+            above: asked.after.min(low),
+            upto: self
+                .progress(asked.shard)
+                .map_or(START, |progress| progress.position),
+        });
+        let lanes = plan.lanes.iter().enumerate().map(|(index, asked)| Span {
+            lane: Some(index),
+            above: asked.after.min(low),
+            upto: match self.lanes.get(&asked.key) {
+                Some(lane) => lane.position,
+                None => self
+                    .progress(asked.shard)
+                    .map_or(START, |progress| progress.position),
+            },
+        });
+        let spans = all.into_iter().chain(lanes);
+        spans.filter(|span| span.above < span.upto).collect()
+    }
+
+    /// Orders a sweep, for tests.
+    #[cfg(test)]
+    fn sweep_now(&mut self) {
+        self.sweep.due = Some(Instant::now());
     }
 }
 

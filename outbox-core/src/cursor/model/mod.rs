@@ -1,12 +1,17 @@
 //! The cursor against a model of its world: a server whose transactions end in any order, and a relay that fails, holds,
 //! drops, asks again and changes shards.
 //!
-//! The model server answers a plan as the statement does. The oracle is the simple reader: what a fetch may return are
+//! The model server answers a plan as the statements do, for either way to know what can have appeared below. The oracle is the simple reader: what a fetch may return are
 //! the visible rows of its shards that are neither in flight nor held, the lowest of each key first. Everything is drawn
 //! from one seed: `OUTBOX_SEED=n` replays one, `OUTBOX_SEEDS=n` runs so many.
 //!
 //! A [`Variant`] breaks one thing that the cursor rests on, in what it is told or in what is done with its plan; each
 //! must be noticed, or the model proves nothing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a panic in a test is a failure with a place"
+)]
 
 mod relay;
 mod server;
@@ -15,16 +20,46 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Epoch, FetchRequest, Held, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard};
-
 use self::relay::{Relay, Stage};
-use self::server::{Database, Draft, Row};
-use super::{Conclusion, Cursor, END, Intake, MAX_LANES, MAX_MARKS, Place, Plan, Server, Snapshot};
+use self::server::{Database, Draft, LAG, Row};
+use super::transactions::MAX_MARKS;
+use super::{
+    Conclusion, Cursor, END, Found, Intake, Look, MAX_LANES, Pending, Place, Plan, Reach, START, Snapshot,
+    Told, Transactions,
+};
+use crate::fetch::{FetchMode, FetchRequest, Held, Reread, RereadScope};
+use crate::message::OrderKey;
+use crate::shard::{Epoch, OwnedShard, Position, Shard};
+
+/// How the store knows what can have appeared below.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Transactions,
+    Pending,
+}
+
+/// What the store knows.
+enum Knowledge {
+    Transactions(Transactions),
+    Pending(Pending),
+}
 
 /// What is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Variant {
     Sound,
+    /// The newest part is not read anew.
+    NoLag,
+    /// The newest part is read anew for half of the time that a statement may take.
+    HalfLag,
+    /// What is stored and not committed is forgotten.
+    NoPending,
+    /// The look leaves out what lanes read, of what is pending as well.
+    PendingWithoutLanes,
+    /// What lanes go past is not looked at.
+    LanesUnseen,
+    /// A hold remembers where the scan began, and not what was pending.
+    HoldForgetsPending,
     /// `xmax` passes for the next transaction number: it is only the last completed one, plus one.
     XmaxIsNext,
     /// Looks above the mark of the present snapshot's `xmax`, not of the one before.
@@ -51,6 +86,9 @@ struct World {
     random: fastrand::Rng,
     database: Database,
     cursor: Cursor,
+    knowledge: Knowledge,
+    /// When the clock of the world stood at nought.
+    dawn: Instant,
     relay: Relay,
     /// The epochs of all shards.
     epochs: BTreeMap<Shard, i64>,
@@ -81,7 +119,7 @@ struct World {
 type Outcome<T = ()> = Result<T, String>;
 
 impl World {
-    fn new(seed: u64, variant: Variant, messages: usize) -> Self {
+    fn new(seed: u64, kind: Kind, variant: Variant, messages: usize) -> Self {
         let mut random = fastrand::Rng::with_seed(seed);
         let (shards, topics) = (random.u16(1..=4), random.usize(1..=3));
         let keys = random.usize(1..=6);
@@ -101,9 +139,25 @@ impl World {
         let mut world = Self {
             seed,
             variant,
-            database: Database::new(variant, serial, sessions),
+            database: Database::new(variant, serial, sessions, kind == Kind::Pending),
             // Sweeps are ordered by hand.
-            cursor: Cursor::new(Duration::MAX, false),
+            cursor: match kind {
+                Kind::Transactions => Cursor::new(FetchMode::Cursor, Duration::MAX),
+                Kind::Pending => Cursor::joint(FetchMode::Cursor, Duration::MAX),
+            },
+            knowledge: match kind {
+                Kind::Transactions => Knowledge::Transactions(Transactions::new()),
+                Kind::Pending => {
+                    let lag = Duration::from_millis(match variant {
+                        Variant::NoLag => 0,
+                        Variant::HalfLag => LAG / 2,
+                        _ => LAG,
+                    });
+                    let room = *random.choice(&[2, 4, 1_000, 1_000]).unwrap();
+                    Knowledge::Pending(Pending::with_room(lag, room, room * 2))
+                }
+            },
+            dawn: Instant::now(),
             relay,
             epochs: (0..shards).map(|shard| (Shard(shard), 1)).collect(),
             keys,
@@ -176,6 +230,10 @@ impl World {
         }
     }
 
+    fn now(&self) -> Instant {
+        self.dawn + Duration::from_millis(self.database.clock)
+    }
+
     fn step(&mut self) -> Outcome {
         match self.random.u8(..20) {
             0..=2 => self.fetch(),
@@ -185,6 +243,7 @@ impl World {
 
     /// What happens while a fetch is out as well.
     fn other_step(&mut self) -> Outcome {
+        self.database.tick();
         match self.random.u8(..20) {
             0..=8 => {
                 let draft = self.draft();
@@ -385,7 +444,7 @@ impl World {
         self.some_steps()?;
         let last = self.database.last();
         self.some_steps()?;
-        let server = self.database.tell(&snapshot, last);
+        let told = self.database.tell(&snapshot, last);
 
         let mut intake = Intake::new(&plan);
         let mut taken: Vec<Row> = Vec::new();
@@ -396,11 +455,11 @@ impl World {
         }
         self.note(|| {
             format!(
-                "  {server:?} gives {:?}",
+                "  {told:?} gives {:?}",
                 taken.iter().map(Row::place).collect::<Vec<_>>()
             )
         });
-        let conclusion = self.conclude(plan, &intake, &server);
+        let conclusion = self.conclude(plan, &request, &intake, &told, &taken)?;
         self.check(&request, &snapshot, &taken, &conclusion)?;
         self.some_steps()?;
 
@@ -448,7 +507,7 @@ impl World {
     fn plan(&mut self, request: &FetchRequest) -> Plan {
         if self.one_in(40) {
             self.reach("sweep");
-            self.cursor.sweep.due = Some(Instant::now());
+            self.cursor.sweep_now();
         }
         if self.variant == Variant::LaneFromHead {
             self.cursor.scans.0.clear();
@@ -460,22 +519,30 @@ impl World {
         if self.variant == Variant::RereadInferred {
             told.reread.clear();
         }
-        self.cursor.plan(&told)
+        let reach = match &mut self.knowledge {
+            Knowledge::Transactions(transactions) => transactions.reach(),
+            Knowledge::Pending(pending) => pending.reach(&told.in_flight),
+        };
+        self.cursor.plan(&told, reach)
     }
 
     /// Answers a plan as the statement does.
     fn answer(&self, plan: &Plan, request: &FetchRequest, snapshot: &Snapshot) -> Vec<(Place, Row)> {
-        let below = if self.variant == Variant::BoundByPresent {
-            self.cursor.bound(snapshot.xmax)
-        } else {
-            plan.below
+        let low = match &self.knowledge {
+            _ if plan.from_start => START,
+            Knowledge::Pending(pending) => pending.low(),
+            Knowledge::Transactions(transactions) => {
+                let (mut below, running) = transactions.finished();
+                if self.variant == Variant::BoundByPresent {
+                    below = transactions.bound(snapshot.xmax);
+                }
+                running
+                    .iter()
+                    .filter(|(xid, _)| snapshot.sees(*xid))
+                    .map(|(_, low)| *low)
+                    .fold(below, i64::min)
+            }
         };
-        let low = plan
-            .running
-            .iter()
-            .filter(|(xid, _)| snapshot.sees(*xid))
-            .map(|(_, low)| *low)
-            .fold(below, i64::min);
         let mut rows: Vec<Row> = self
             .database
             .rows
@@ -504,7 +571,7 @@ impl World {
                     .filter(|row| {
                         row.draft.shard == lane.shard
                             && row.draft.key == Some(key)
-                            && row.position > lane.after.min(low)
+                            && (row.position > lane.after.min(low) || plan.awaits(row.position))
                             && row.position <= lane.upto
                             && !skip.contains(&row.position)
                     })
@@ -516,12 +583,17 @@ impl World {
             .chain(plan.lanes.iter().map(|lane| &lane.key))
             .map(number)
             .collect();
+        let joint = matches!(self.knowledge, Knowledge::Pending(_));
+        let own = |shard| request.shards.iter().any(|owned| owned.shard == shard);
         for (index, asked) in plan.shards.iter().enumerate() {
             answer.extend(
                 rows.iter()
                     .filter(|row| {
-                        row.draft.shard == asked.shard
-                            && row.position > asked.after.min(low)
+                        (if joint {
+                            own(row.draft.shard)
+                        } else {
+                            row.draft.shard == asked.shard
+                        }) && (row.position > asked.after.min(low) || plan.awaits(row.position))
                             && !skip.contains(&row.position)
                             && !topics.contains(&row.draft.topic)
                             && !row.draft.key.is_some_and(|key| left_out.contains(&key))
@@ -533,11 +605,98 @@ impl World {
         answer
     }
 
-    fn conclude(&mut self, mut plan: Plan, intake: &Intake, server: &Server) -> Conclusion {
+    fn conclude(
+        &mut self,
+        mut plan: Plan,
+        request: &FetchRequest,
+        intake: &Intake,
+        told: &Told,
+        taken: &[Row],
+    ) -> Outcome<Conclusion> {
         if self.variant == Variant::NoRewind {
             plan.lanes.iter_mut().for_each(|lane| lane.upto = END);
         }
-        self.cursor.conclude(&plan, intake, server)
+        if self.variant == Variant::HoldForgetsPending {
+            plan.pending.clear();
+        }
+        let low = match &mut self.knowledge {
+            Knowledge::Transactions(transactions) => transactions.learn(told),
+            Knowledge::Pending(pending) => pending.low(),
+        };
+        let conclusion = self.cursor.conclude(&plan, intake, low);
+        self.some_steps()?;
+        let (mut spans, now) = (self.cursor.passed(&plan, low), self.now());
+        if self.variant == Variant::LanesUnseen {
+            spans.retain(|span| span.lane.is_none());
+        }
+        let returned = || taken.iter().map(|row| row.position);
+        if let Knowledge::Pending(pending) = &mut self.knowledge
+            && let Some(look) = pending.look_past(&plan, spans, returned, now)
+        {
+            self.some_steps()?;
+            let found = self.look(&look, &plan, request);
+            self.note(|| format!("  {look:?} finds {found:?}"));
+            self.some_steps()?;
+            let now = self.now();
+            if let Knowledge::Pending(pending) = &mut self.knowledge {
+                pending.learn(look, found, now);
+                if pending.ranges() > 0 {
+                    self.reach("pending");
+                }
+            }
+        }
+        Ok(conclusion)
+    }
+
+    /// Answers a look as the statement does.
+    fn look(&self, look: &Look, plan: &Plan, request: &FetchRequest) -> Found {
+        let rows = self.database.dirty();
+        let number = |key: &OrderKey| usize::from(key.key[0]);
+        let own = |draft: &Draft| request.shards.iter().any(|owned| owned.shard == draft.shard);
+        let held = |draft: &Draft| {
+            let topic = &self.relay.topic_names[draft.topic];
+            request.held.topics.contains(topic)
+                || draft.key.is_some_and(|key| {
+                    let keys = &request.held.keys;
+                    keys.contains(&(draft.shard, self.relay.keys[key].clone()))
+                })
+        };
+        let in_lane = |draft: &Draft| {
+            draft
+                .key
+                .is_some_and(|key| plan.lanes.iter().any(|lane| number(&lane.key) == key))
+        };
+        let mut found = Found {
+            top: rows.last().map(|(position, _)| *position),
+            rows: Vec::new(),
+        };
+        if self.variant == Variant::NoPending {
+            return found;
+        }
+        for (position, draft) in &rows {
+            let pending = look
+                .pending
+                .iter()
+                .any(|(first, last)| (first..=last).contains(&position));
+            let passed = self.variant == Variant::PendingWithoutLanes && in_lane(draft);
+            if pending && !held(draft) && !passed {
+                found.rows.push((0, *position));
+            }
+        }
+        for (index, span) in look.spans.iter().enumerate() {
+            let wanted = |draft: &Draft| match span.lane {
+                Some(lane) => draft.key == Some(number(&plan.lanes[lane].key)),
+                None => own(draft) && !held(draft) && !in_lane(draft),
+            };
+            let of_span = rows
+                .iter()
+                .filter(|(position, draft)| *position > span.above && *position <= span.upto && wanted(draft))
+                .take(look.limit);
+            found
+                .rows
+                .extend(of_span.map(|(position, _)| (index + 1, *position)));
+        }
+        found
     }
 
     /// Compares a batch with what the simple reader would choose from.
@@ -669,7 +828,11 @@ impl World {
         if lanes > held + MAX_LANES {
             return self.fail(&format!("{lanes} lanes for {held} held keys"));
         }
-        if cursor.marks.len() > MAX_MARKS + 1 {
+        let marks = match &self.knowledge {
+            Knowledge::Transactions(transactions) => transactions.marks(),
+            Knowledge::Pending(_) => 0,
+        };
+        if marks > MAX_MARKS + 1 {
             return self.fail("too many marks");
         }
         if cursor.scans.0.len() > held + request.held.topics.len() + 1 {
@@ -678,7 +841,6 @@ impl World {
         if cursor.topics.len() != request.held.topics.len() {
             return self.fail("topics are not those that are held");
         }
-        let marks = cursor.marks.len();
         if marks > MAX_MARKS / 2 {
             self.reach("many marks");
         }
@@ -716,8 +878,8 @@ impl World {
     }
 }
 
-fn run(seed: u64, variant: Variant, messages: usize) -> Outcome<BTreeMap<&'static str, u64>> {
-    let mut world = World::new(seed, variant, messages);
+fn run(seed: u64, kind: Kind, variant: Variant, messages: usize) -> Outcome<BTreeMap<&'static str, u64>> {
+    let mut world = World::new(seed, kind, variant, messages);
     let outcome = (0..messages * 8)
         .try_for_each(|_| world.step())
         .and_then(|()| world.settle_down());
@@ -727,16 +889,15 @@ fn run(seed: u64, variant: Variant, messages: usize) -> Outcome<BTreeMap<&'stati
     outcome.map(|()| world.reached)
 }
 
-#[test]
-fn nothing_is_lost_reordered_or_starved_whatever_happens() {
+fn nothing_is_lost(kind: Kind, reaches: &[&'static str]) {
     if let Ok(seed) = std::env::var("OUTBOX_SEED") {
-        run(seed.parse().unwrap(), Variant::Sound, 30).unwrap();
+        run(seed.parse().unwrap(), kind, Variant::Sound, 30).unwrap();
         return;
     }
     let seeds: u64 = std::env::var("OUTBOX_SEEDS").map_or(5_000, |seeds| seeds.parse().unwrap());
     let mut reached: BTreeMap<&'static str, u64> = BTreeMap::new();
     for seed in 0..seeds {
-        for (what, times) in run(seed, Variant::Sound, 30).unwrap() {
+        for (what, times) in run(seed, kind, Variant::Sound, 30).unwrap() {
             *reached.entry(what).or_default() += times;
         }
     }
@@ -754,9 +915,22 @@ fn nothing_is_lost_reordered_or_starved_whatever_happens() {
         "sweep",
         "topic held",
         "unsent",
-    ] {
+    ]
+    .iter()
+    .chain(reaches)
+    {
         assert!(reached.contains_key(what), "never {what}");
     }
+}
+
+#[test]
+fn nothing_is_lost_reordered_or_starved_whatever_happens() {
+    nothing_is_lost(Kind::Transactions, &[]);
+}
+
+#[test]
+fn nothing_is_lost_reordered_or_starved_by_dirty_reads() {
+    nothing_is_lost(Kind::Pending, &["pending"]);
 }
 
 /// One transaction stays open while thousands end: marks are thinned out, and its rows are found all the same.
@@ -764,7 +938,7 @@ fn nothing_is_lost_reordered_or_starved_whatever_happens() {
 fn a_transaction_that_stays_open_loses_nothing() {
     let mut thinned = 0;
     for seed in 0..20 {
-        let mut world = World::new(seed, Variant::Sound, 1_000);
+        let mut world = World::new(seed, Kind::Transactions, Variant::Sound, 1_000);
         // Its keys are its own, or the order of its rows would be nobody's promise.
         world.serial = false;
         let draft = world.any_draft();
@@ -778,10 +952,18 @@ fn a_transaction_that_stays_open_loses_nothing() {
     assert!(thinned > 0, "never many marks");
 }
 
+/// Nothing appears below what was read by now.
+const fn quiet() -> Reach {
+    Reach {
+        lowest: 100,
+        pending: Vec::new(),
+    }
+}
+
 /// A lane that never ends has its share and no more, even where a batch has room for one row only.
 #[test]
 fn an_endless_lane_starves_nobody() {
-    let mut cursor = Cursor::new(Duration::MAX, false);
+    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX);
     let key = OrderKey {
         topic: "t".into(),
         key: "k".into(),
@@ -795,17 +977,8 @@ fn an_endless_lane_starves_nobody() {
         max_bytes: 1,
         ..FetchRequest::default()
     };
-    let server = Server {
-        snapshot: Snapshot {
-            xmin: 10,
-            xmax: 10,
-            running: Vec::new(),
-        },
-        last: 100,
-        ahead: 0,
-    };
-    let plan = cursor.plan(&request);
-    cursor.conclude(&plan, &Intake::new(&plan), &server);
+    let plan = cursor.plan(&request, quiet());
+    cursor.conclude(&plan, &Intake::new(&plan), 100);
     request.reread.push(Reread {
         shard: Shard(0),
         scope: RereadScope::Key(key),
@@ -813,7 +986,7 @@ fn an_endless_lane_starves_nobody() {
     });
     let (mut of_lane, mut of_shard) = (0, 0);
     for position in 1..=20 {
-        let plan = cursor.plan(&request);
+        let plan = cursor.plan(&request, quiet());
         request.reread.clear();
         let mut intake = Intake::new(&plan);
         if let Some(lane) = plan.lanes.first()
@@ -822,7 +995,7 @@ fn an_endless_lane_starves_nobody() {
             of_lane += u32::from(intake.offer(&plan, Place::Lane(0), position, 5));
         }
         of_shard += u32::from(intake.offer(&plan, Place::Shard(0), 100 + position, 5));
-        cursor.conclude(&plan, &intake, &server);
+        cursor.conclude(&plan, &intake, 100);
     }
     assert_eq!((of_lane, of_shard), (10, 10));
 }
@@ -830,7 +1003,7 @@ fn an_endless_lane_starves_nobody() {
 /// What the relay has in flight is not returned, whether it was held before or not.
 #[test]
 fn a_message_in_flight_is_not_asked_for() {
-    let mut cursor = Cursor::new(Duration::MAX, false);
+    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX);
     let place = (Shard(0), Position(7));
     let mut request = FetchRequest {
         shards: vec![OwnedShard {
@@ -846,58 +1019,80 @@ fn a_message_in_flight_is_not_asked_for() {
         max_bytes: 10,
         ..FetchRequest::default()
     };
-    assert!(cursor.plan(&request).singles.is_empty());
+    assert!(cursor.plan(&request, quiet()).singles.is_empty());
     request.held = Arc::default();
-    assert!(cursor.plan(&request).singles.is_empty());
+    assert!(cursor.plan(&request, quiet()).singles.is_empty());
 }
 
-fn catches(variant: Variant) {
-    let caught = (0..1_000).find_map(|seed| run(seed, variant, 30).err());
+fn catches(kind: Kind, variant: Variant) {
+    let caught = (0..1_000).find_map(|seed| run(seed, kind, variant, 30).err());
     println!("{}", caught.as_deref().unwrap_or("nothing was noticed"));
     assert!(caught.is_some(), "{variant:?} goes unnoticed");
 }
 
 #[test]
 fn catches_xmax_taken_for_the_next_number() {
-    catches(Variant::XmaxIsNext);
+    catches(Kind::Transactions, Variant::XmaxIsNext);
 }
 
 #[test]
 fn catches_a_bound_by_the_present_snapshot() {
-    catches(Variant::BoundByPresent);
+    catches(Kind::Transactions, Variant::BoundByPresent);
 }
 
 #[test]
 fn catches_a_fresh_sequence_taken_for_used() {
-    catches(Variant::CalledIgnored);
+    catches(Kind::Transactions, Variant::CalledIgnored);
 }
 
 #[test]
 fn catches_a_sequence_with_a_cache() {
-    catches(Variant::CachedSequence);
+    catches(Kind::Transactions, Variant::CachedSequence);
 }
 
 #[test]
 fn catches_a_position_before_its_transaction() {
-    catches(Variant::PositionFirst);
+    catches(Kind::Transactions, Variant::PositionFirst);
 }
 
 #[test]
 fn catches_a_position_kept_for_a_regained_shard() {
-    catches(Variant::PositionKept);
+    catches(Kind::Transactions, Variant::PositionKept);
+    catches(Kind::Pending, Variant::PositionKept);
 }
 
 #[test]
 fn catches_rereads_that_are_not_told() {
-    catches(Variant::RereadInferred);
+    catches(Kind::Transactions, Variant::RereadInferred);
+    catches(Kind::Pending, Variant::RereadInferred);
 }
 
 #[test]
 fn catches_lanes_that_begin_at_the_head() {
-    catches(Variant::LaneFromHead);
+    catches(Kind::Transactions, Variant::LaneFromHead);
+    catches(Kind::Pending, Variant::LaneFromHead);
 }
 
 #[test]
 fn catches_a_main_scan_that_is_not_set_back() {
-    catches(Variant::NoRewind);
+    catches(Kind::Transactions, Variant::NoRewind);
+    catches(Kind::Pending, Variant::NoRewind);
+}
+
+#[test]
+fn catches_a_missing_or_short_lag() {
+    catches(Kind::Pending, Variant::NoLag);
+    catches(Kind::Pending, Variant::HalfLag);
+}
+
+#[test]
+fn catches_what_is_pending_when_it_is_forgotten() {
+    catches(Kind::Pending, Variant::NoPending);
+    catches(Kind::Pending, Variant::HoldForgetsPending);
+}
+
+#[test]
+fn catches_lanes_past_which_nobody_looks() {
+    catches(Kind::Pending, Variant::LanesUnseen);
+    catches(Kind::Pending, Variant::PendingWithoutLanes);
 }

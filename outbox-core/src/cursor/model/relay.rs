@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use outbox_core::{Epoch, FetchRequest, Held, OrderKey, OwnedShard, Position, Reread, RereadScope, Shard};
-
 use super::server::Row;
+use crate::fetch::{FetchRequest, Held, Reread, RereadScope};
+use crate::message::OrderKey;
+use crate::shard::{Epoch, OwnedShard, Position, Shard};
 
 #[derive(Debug)]
 pub(super) struct Flight {

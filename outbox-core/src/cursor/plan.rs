@@ -1,0 +1,299 @@
+//! What a fetch asks for, and what is taken of the answer.
+
+use std::collections::BTreeSet;
+
+use crate::message::OrderKey;
+use crate::shard::Shard;
+
+/// How far below its positions a scan may have to look.
+///
+/// ```
+/// // Positions are drawn in the order of commits: never.
+/// let reach = outbox_core::cursor::Reach { lowest: i64::MAX, pending: Vec::new() };
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reach {
+    /// Above it something can have appeared.
+    pub lowest: i64,
+    /// Single positions at which something can appear, as ranges with both ends included: ascending, and apart.
+    pub pending: Vec<(i64, i64)>,
+}
+
+/// What one fetch asks the server for. Its parts are asked for in the order of [`Place`].
+///
+/// ```
+/// use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Reach}};
+///
+/// let mut cursor = Cursor::new(FetchMode::Rescan, std::time::Duration::from_secs(60));
+/// let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+/// assert!(plan.from_start);
+/// ```
+#[derive(Debug)]
+pub struct Plan {
+    /// Whether this fetch looks at everything, whatever the positions are.
+    pub from_start: bool,
+    /// Positions that are not to be returned by lanes and shards: in flight, held, or asked for as singles.
+    pub skip: Vec<i64>,
+    /// As in [`Reach::pending`]: lanes and shards return them as well.
+    pub pending: Vec<(i64, i64)>,
+    /// Messages that are asked for by their positions.
+    pub singles: Vec<(Shard, i64)>,
+    /// Keys that are read apart, which the shards leave out.
+    pub lanes: Vec<LanePlan>,
+    /// The shards; of a joint cursor one, which stands for all that were asked for.
+    pub shards: Vec<ShardPlan>,
+    pub(super) max_rows: usize,
+    pub(super) max_bytes: usize,
+    /// Whether this fetch is a check of the cursor.
+    pub(super) sweeps: bool,
+}
+
+impl Plan {
+    /// Whether something is expected to appear at a position.
+    pub(super) fn awaits(&self, position: i64) -> bool {
+        let index = self.pending.partition_point(|(_, last)| *last < position);
+        self.pending
+            .get(index)
+            .is_some_and(|(first, _)| *first <= position)
+    }
+
+    /// Up to where is read what came as far as `last` and was asked for from `base` on. What was pending lies below, and
+    /// what is left of it is still known; what a sweep finds below is not.
+    pub(super) fn reached(&self, last: i64, base: i64) -> i64 {
+        if self.sweeps { last } else { last.max(base) }
+    }
+}
+
+/// A key that is read apart.
+///
+/// ```
+/// use outbox_core::{OrderKey, Shard, cursor::LanePlan};
+///
+/// let key = OrderKey { topic: "orders".into(), key: "42".into() };
+/// let lane = LanePlan { shard: Shard(3), key, after: 7, upto: 90, quota: 1 };
+/// ```
+#[derive(Debug)]
+pub struct LanePlan {
+    /// Where it belongs.
+    pub shard: Shard,
+    /// The key.
+    pub key: OrderKey,
+    /// Above it, or above the lowest position at which something can have appeared.
+    pub after: i64,
+    /// Inclusive; beyond it the main scan will come.
+    pub upto: i64,
+    /// At most so many rows.
+    pub quota: usize,
+}
+
+/// The main scan of a shard.
+///
+/// ```
+/// use outbox_core::{Shard, cursor::ShardPlan};
+///
+/// let asked = ShardPlan { shard: Shard(3), after: i64::MIN, quota: 100 };
+/// ```
+#[derive(Debug)]
+pub struct ShardPlan {
+    /// The shard.
+    pub shard: Shard,
+    /// Above it, or above the lowest position at which something can have appeared.
+    pub after: i64,
+    /// At most so many rows.
+    pub quota: usize,
+}
+
+/// For what a row was asked; the index is that in the plan.
+///
+/// ```
+/// use outbox_core::cursor::Place;
+///
+/// assert!(Place::Single < Place::Lane(0) && Place::Lane(1) < Place::Shard(0));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// A message by its position.
+    Single,
+    /// A key that is read apart.
+    Lane(usize),
+    /// The main scan.
+    Shard(usize),
+}
+
+/// What a fetch came to.
+///
+/// ```
+/// use outbox_core::cursor::Conclusion;
+///
+/// let quiet = Conclusion { more: false, surplus: 0 };
+/// ```
+#[derive(Debug, PartialEq, Eq)]
+pub struct Conclusion {
+    /// Whether there may be more right now.
+    pub more: bool,
+    /// Rows that a sweep found below where everything had been read: a defect of who uses the cursor, a promise of the
+    /// database's that does not hold, or a position that somebody wrote by hand.
+    pub surplus: usize,
+}
+
+impl Conclusion {
+    /// Sounds the alarm about a surplus: an error in the log, and the metric `outbox_sweep_surplus_total`.
+    ///
+    /// ```
+    /// let conclusion = outbox_core::cursor::Conclusion { more: false, surplus: 1 };
+    /// conclusion.report("mine", "the outbox in the shop's database");
+    /// ```
+    pub fn report(&self, store: &'static str, outbox: &str) {
+        if self.surplus == 0 {
+            return;
+        }
+        metrics::counter!("outbox_sweep_surplus_total", "store" => store)
+            .increment(u64::try_from(self.surplus).unwrap_or(u64::MAX));
+        tracing::error!(
+            rows = self.surplus,
+            outbox,
+            "messages below the cursor had not been read; they are now. Was an id written by hand, or did the database \
+             stand still for long in the middle of an insert?"
+        );
+    }
+}
+
+/// A part of what there is that a fetch has gone past: of the positions above `above`, up to `upto` (inclusive), nothing
+/// is asked for again.
+///
+/// ```
+/// use outbox_core::cursor::Span;
+///
+/// let span = Span { lane: None, above: 7, upto: 90 };
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Of which lane of the plan; none is the main scan's, which leaves out what lanes read.
+    pub lane: Option<usize>,
+    /// Above this.
+    pub above: i64,
+    /// Up to here.
+    pub upto: i64,
+}
+
+/// How a batch fills up: decides row by row, in the order of the answer, what is taken.
+///
+/// ```
+/// use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Place, Reach}};
+///
+/// let mut cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
+/// let request = FetchRequest { max_rows: 1, max_bytes: 100, ..FetchRequest::default() };
+/// let plan = cursor.plan(&request, Reach { lowest: i64::MAX, pending: Vec::new() });
+/// let mut intake = Intake::new(&plan);
+/// assert!(intake.offer(&plan, Place::Shard(0), 7, 20));
+/// assert!(!intake.offer(&plan, Place::Shard(0), 8, 20)); // there is room for one
+/// ```
+#[derive(Debug)]
+pub struct Intake {
+    pub(super) rows: usize,
+    bytes: usize,
+    pub(super) singles: BTreeSet<i64>,
+    pub(super) lanes: Vec<Taken>,
+    pub(super) shards: Vec<Taken>,
+    /// From where on nothing is taken any more of singles and lanes, which have half of the batch.
+    pub(super) cut_apart: Option<Place>,
+    /// The same of the shards.
+    pub(super) cut: Option<usize>,
+    /// Whether bytes were the limit, not rows.
+    pub(super) heavy: bool,
+    latest: Place,
+    pub(super) disordered: bool,
+    /// What a sweep came across, by the index of its shard.
+    pub(super) swept: Vec<(usize, i64)>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Taken {
+    pub(super) rows: usize,
+    pub(super) last: i64,
+}
+
+impl Intake {
+    /// Takes nothing yet.
+    ///
+    /// ```
+    /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Reach}};
+    /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// let intake = Intake::new(&plan);
+    /// ```
+    #[must_use]
+    pub fn new(plan: &Plan) -> Self {
+        Self {
+            rows: 0,
+            bytes: 0,
+            singles: BTreeSet::new(),
+            lanes: vec![Taken::default(); plan.lanes.len()],
+            shards: vec![Taken::default(); plan.shards.len()],
+            cut_apart: None,
+            cut: None,
+            heavy: false,
+            latest: Place::Single,
+            disordered: false,
+            swept: Vec::new(),
+        }
+    }
+
+    /// Whether a row is taken, which has so many bytes. The first one always is.
+    ///
+    /// ```
+    /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Place, Reach}};
+    /// # let mut cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// assert!(Intake::new(&plan).offer(&plan, Place::Shard(0), 7, usize::MAX));
+    /// ```
+    pub fn offer(&mut self, plan: &Plan, place: Place, position: i64, bytes: usize) -> bool {
+        if place < self.latest {
+            self.disordered = true;
+        }
+        self.latest = place;
+        let apart = !matches!(place, Place::Shard(_));
+        let closed = if apart {
+            self.cut_apart.is_some()
+        } else {
+            self.cut.is_some()
+        };
+        if closed {
+            return false;
+        }
+        let (max_rows, max_bytes) = if apart {
+            ((plan.max_rows / 2).max(1), plan.max_bytes / 2)
+        } else {
+            (plan.max_rows, plan.max_bytes)
+        };
+        let total = self.bytes.saturating_add(bytes);
+        if self.rows > 0 && (self.rows >= max_rows || total > max_bytes) {
+            self.heavy |= total > max_bytes;
+            match place {
+                Place::Shard(index) => self.cut = Some(index),
+                apart => self.cut_apart = Some(apart),
+            }
+            return false;
+        }
+        if let Place::Shard(index) = place
+            && plan.sweeps
+        {
+            self.swept.push((index, position));
+        }
+        let taken = match place {
+            Place::Single => {
+                self.singles.insert(position);
+                None
+            }
+            Place::Lane(index) => self.lanes.get_mut(index),
+            Place::Shard(index) => self.shards.get_mut(index),
+        };
+        if let Some(taken) = taken {
+            taken.rows += 1;
+            taken.last = position;
+        }
+        self.rows += 1;
+        self.bytes = total;
+        true
+    }
+}
