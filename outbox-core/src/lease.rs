@@ -68,6 +68,22 @@ pub struct LeaseRequest {
     pub ttl: Duration,
 }
 
+impl LeaseRequest {
+    /// The span in milliseconds, a year at most: what is longer overflows the times of databases.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use outbox_core::{LeaseRequest, RelayId};
+    ///
+    /// let forever = LeaseRequest { relay: RelayId::new("me"), want: 1, ttl: Duration::MAX };
+    /// assert_eq!(forever.ttl_millis(), 366 * 24 * 60 * 60 * 1_000);
+    /// ```
+    #[must_use]
+    pub fn ttl_millis(&self) -> StoreMillis {
+        millis(self.ttl.min(Duration::from_secs(366 * 24 * 60 * 60)))
+    }
+}
+
 /// What a relay owns now.
 ///
 /// ```

@@ -4,6 +4,7 @@ mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod cursor;
+mod database;
 mod dead;
 mod enqueue;
 mod error;
@@ -30,6 +31,7 @@ mod store;
 mod wake;
 
 pub use clock::{Clock, MonotonicClock};
+pub use database::{Migrated, Role, check_store, is_loopback};
 pub use dead::{DeadLetter, DeadLetterQuery, DeadLetters};
 pub use enqueue::Enqueue;
 pub use error::{Error, ErrorKind, Result};

@@ -84,6 +84,27 @@ pub struct Settled {
     pub lost: Vec<Shard>,
 }
 
+impl Settled {
+    /// What was lost of a settlement of which these shards are still held.
+    ///
+    /// ```
+    /// use outbox_core::{Epoch, RelayId, Settled, Settlement, Shard, ShardSettlement};
+    ///
+    /// let settlement = Settlement {
+    ///     relay: RelayId::new("me"),
+    ///     shards: [1, 2].map(|shard| ShardSettlement::new(Shard(shard), Epoch(1))).into(),
+    /// };
+    /// assert_eq!(Settled::but_for(&settlement, &[Shard(1)]).lost, [Shard(2)]);
+    /// ```
+    #[must_use]
+    pub fn but_for(settlement: &Settlement, held: &[Shard]) -> Self {
+        let shards = settlement.shards.iter().map(|part| part.shard);
+        Self {
+            lost: shards.filter(|shard| !held.contains(shard)).collect(),
+        }
+    }
+}
+
 impl ShardSettlement {
     /// Nothing yet.
     #[must_use]

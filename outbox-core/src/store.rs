@@ -271,6 +271,23 @@ pub enum Count {
 }
 
 impl Count {
+    /// Of rows that were counted up to a bound.
+    ///
+    /// ```
+    /// use outbox_core::Count;
+    ///
+    /// assert_eq!(Count::up_to(100, 7), Count::Exact(7));
+    /// assert_eq!(Count::up_to(100, 100), Count::AtLeast(100));
+    /// ```
+    #[must_use]
+    pub const fn up_to(bound: u64, rows: u64) -> Self {
+        if rows < bound {
+            Self::Exact(rows)
+        } else {
+            Self::AtLeast(rows)
+        }
+    }
+
     /// The number, however sure.
     #[must_use]
     pub const fn value(self) -> u64 {

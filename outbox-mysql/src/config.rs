@@ -4,7 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Limits, Ordering, Result, human};
+use outbox_core::{
+    Error, ErrorKind, FetchMode, Identifier, Limits, Ordering, Result, check_store, human, is_loopback,
+};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
@@ -86,33 +88,14 @@ impl MysqlConfig {
 
     /// Whether the fields make sense together.
     pub(crate) fn check(&self) -> Result<()> {
-        let invalid = |text: &'static str| Error::new(ErrorKind::Invalid, CONFIGURE, text);
         self.prefix.check_prefix()?;
-        if !(1..=MAX_SHARDS).contains(&self.shards) {
-            return Err(invalid("shards must be 1 to 1024").with("shards", self.shards));
-        }
-        for (name, value) in [
+        let spans = [
             ("statement_timeout", self.statement_timeout),
             ("connect_timeout", self.connect_timeout),
             ("lag", self.lag),
             ("sweep_interval", self.sweep_interval),
-        ] {
-            if value < Duration::from_millis(100) || value > DAY {
-                return Err(Error::new(
-                    ErrorKind::Invalid,
-                    CONFIGURE,
-                    format!("{name} must be 100ms to 1day"),
-                )
-                .with(name, format!("{value:?}")));
-            }
-        }
-        if self.max_connections < 2 {
-            return Err(
-                invalid("max_connections must be at least 2: settlements must not wait for leases")
-                    .with("max_connections", self.max_connections),
-            );
-        }
-        Ok(())
+        ];
+        check_store(self.shards, self.max_connections, &spans)
     }
 
     /// How to connect, with TLS as the address deserves it.
@@ -174,16 +157,6 @@ impl MysqlConfig {
 }
 
 const CONFIGURE: &str = "configure";
-const MAX_SHARDS: u16 = 1_024;
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-
-fn is_loopback(host: &str) -> bool {
-    host.eq_ignore_ascii_case("localhost")
-        || host
-            .trim_matches(['[', ']'])
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|address| address.is_loopback())
-}
 
 impl Default for MysqlConfig {
     fn default() -> Self {

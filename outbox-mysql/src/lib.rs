@@ -19,8 +19,8 @@ mod store;
 pub use config::MysqlConfig;
 pub use enqueue::{MysqlOutbox, begin};
 pub use inbox::MysqlInbox;
-pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Result};
-pub use schema::{Migrated, Role, grant_sql, migrate, migration_sql};
+pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Migrated, Result, Role};
+pub use schema::{grant_sql, migrate, migration_sql};
 /// How secrets are wrapped, a type of which is part of this crate's API.
 pub use secrecy;
 /// The driver, whose types are part of this crate's API.

@@ -2,29 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use outbox_core::{Error, ErrorKind, Identifier, Result};
+use outbox_core::{Error, ErrorKind, Identifier, Migrated, Result, Role};
 
 use crate::config::MysqlConfig;
 use crate::error::During;
 use crate::row::{flag, number, text};
 use crate::session::{Session, Sessions};
 use crate::sql::{self, META, Sql, VERSION};
-
-/// What [`migrate`] did.
-///
-/// ```
-/// use outbox_mysql::Migrated;
-///
-/// let made = Migrated { from: None, to: 1 };
-/// assert_ne!(made.from, Some(made.to)); // something changed
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Migrated {
-    /// The version that was found; none where there was no outbox.
-    pub from: Option<i64>,
-    /// The version that is there now.
-    pub to: i64,
-}
 
 const DURING: &str = "migrate";
 const CHECK: &str = "check schema";
@@ -118,19 +102,6 @@ async fn make(session: &mut Session, config: &MysqlConfig, sql: &Sql) -> Result<
 #[must_use]
 pub fn migration_sql(config: &MysqlConfig) -> String {
     sql::migration(config)
-}
-
-/// What a role may do.
-///
-/// ```
-/// assert_ne!(outbox_mysql::Role::Produce, outbox_mysql::Role::Relay);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Enqueue messages, and note in the inbox what was handled.
-    Produce,
-    /// Run a relay, and operate the outbox.
-    Relay,
 }
 
 /// The statements that grant an account, of any host, what it needs and no more, to be run by the outbox's owner in the

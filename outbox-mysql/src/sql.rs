@@ -704,7 +704,7 @@ impl Sql {
 impl Sql {
     /// How many there are, up to `most`: in the outbox and in the archive; then the age of the oldest message, the holds
     /// that wait and that are parked, the dead letters, what is planned; then [`owners`](Self::owners).
-    pub(crate) fn stats(&self, most: usize) -> String {
+    pub(crate) fn stats(&self, most: u64) -> String {
         let count = |table: &str| format!("SELECT COUNT(*) FROM (SELECT 1 FROM {table} LIMIT {most}) c; ");
         format!(
             "{}{}SELECT -({}) FROM {} ORDER BY id LIMIT 1; \

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use outbox_core::{
     Capabilities, Count, DeadLetters, Epoch, Hold, Inspection, LeaseRequest, LeaseStatus, Leases, Membership,
     OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled, Settled, Settlement,
-    Shard, Stats, WakeUp, millis,
+    Shard, Stats, WakeUp,
 };
 use sqlx::mysql::MySqlRow;
 
@@ -88,7 +88,7 @@ impl OutboxStore for MysqlStore {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
         const DURING: &str = "lease";
-        let (relay, ttl) = (request.relay.as_str(), millis(request.ttl.min(LONGEST)));
+        let (relay, ttl) = (request.relay.as_str(), request.ttl_millis());
         let renewed = self.control.run(DURING, self.sql.renew(relay, ttl)).await?;
         let over: Vec<&str> = renewed
             .rows(2)
@@ -140,14 +140,7 @@ impl OutboxStore for MysqlStore {
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
         let settled = self.settle.run("settle", self.sql.settle(settlement)).await?;
         let held = shards(settled.rows(FENCED)).during("settle")?;
-        Ok(Settled {
-            lost: settlement
-                .shards
-                .iter()
-                .map(|part| part.shard)
-                .filter(|shard| !held.contains(shard))
-                .collect(),
-        })
+        Ok(Settled::but_for(settlement, &held))
     }
 
     async fn stats(&self) -> Result<Stats> {
@@ -206,9 +199,6 @@ impl fmt::Debug for MysqlStore {
     }
 }
 
-/// A lease longer than that overflows the server's times.
-const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
-
 fn owned(rows: &[MySqlRow]) -> sqlx::Result<Vec<OwnedShard>> {
     let owned = |row| {
         Ok(OwnedShard {
@@ -225,15 +215,10 @@ pub(crate) fn shards(rows: &[MySqlRow]) -> sqlx::Result<Vec<Shard>> {
 }
 
 /// How far large tables are counted.
-const COUNTED: usize = 100_000;
+const COUNTED: u64 = 100_000;
 
 fn bounded(row: &MySqlRow) -> sqlx::Result<Count> {
-    let rows = count(row, 0)?;
-    Ok(if usize::try_from(rows).is_ok_and(|rows| rows < COUNTED) {
-        Count::Exact(rows)
-    } else {
-        Count::AtLeast(rows)
-    })
+    Ok(Count::up_to(COUNTED, count(row, 0)?))
 }
 
 /// Who owns what, and who is alive, from the answers at `index` and after it.

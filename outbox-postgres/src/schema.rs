@@ -1,28 +1,12 @@
 //! Making the schema, and checking that it is what this version works with.
 
-use outbox_core::{Error, ErrorKind, Identifier, Result};
+use outbox_core::{Error, ErrorKind, Identifier, Migrated, Result, Role};
 
 use crate::config::PostgresConfig;
 use crate::error::During;
 use crate::row::{flag, number, text};
 use crate::session::{Session, Sessions, Settings};
 use crate::sql::{self, Statement, VERSION};
-
-/// What [`migrate`] did.
-///
-/// ```
-/// use outbox_postgres::Migrated;
-///
-/// let made = Migrated { from: None, to: 1 };
-/// assert_ne!(made.from, Some(made.to)); // something changed
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Migrated {
-    /// The version that was found; none where there was no outbox.
-    pub from: Option<i64>,
-    /// The version that is there now.
-    pub to: i64,
-}
 
 const DURING: &str = "migrate";
 const CHECK: &str = "check schema";
@@ -79,19 +63,6 @@ pub async fn migrate(config: &PostgresConfig) -> Result<Migrated> {
 #[must_use]
 pub fn migration_sql(config: &PostgresConfig) -> String {
     sql::migration(config)
-}
-
-/// What a role may do.
-///
-/// ```
-/// assert_ne!(outbox_postgres::Role::Produce, outbox_postgres::Role::Relay);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Enqueue messages, and note in the inbox what was handled.
-    Produce,
-    /// Run a relay, and operate the outbox.
-    Relay,
 }
 
 /// The statements that grant a role what it needs and no more, to be run by the outbox's owner. The third role is the

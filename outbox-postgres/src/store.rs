@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use outbox_core::{
     Capabilities, Count, DeadLetters, Epoch, Hold, HoldChanges, Inspection, LeaseRequest, LeaseStatus,
     Leases, Membership, OutboxStore, OwnedShard, Parking, Reader, RelayId, Result, Retention, Scheduled,
-    Settled, Settlement, Shard, ShardSettlement, Stats, WakeUp, millis,
+    Settled, Settlement, Shard, ShardSettlement, Stats, WakeUp,
 };
 use sqlx::Row;
 use sqlx::postgres::{PgArguments, PgRow, Postgres};
@@ -131,7 +131,7 @@ impl OutboxStore for PostgresStore {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
         const DURING: &str = "lease";
-        let (relay, ttl) = (request.relay.as_str(), millis(request.ttl.min(LONGEST)));
+        let (relay, ttl) = (request.relay.as_str(), request.ttl_millis());
         let mut session = self.control.open(DURING).await?;
         let renewed = session.row(self.sql.lease.query().bind(relay).bind(ttl)).await?;
         let relays = number(&renewed, 0).during(DURING)?;
@@ -204,14 +204,7 @@ impl OutboxStore for PostgresStore {
         let mut session = self.settle.open("settle").await?;
         let held = shards(&session.rows(self.settling(settlement)).await?)?;
         session.finish().await?;
-        Ok(Settled {
-            lost: settlement
-                .shards
-                .iter()
-                .map(|part| part.shard)
-                .filter(|shard| !held.contains(shard))
-                .collect(),
-        })
+        Ok(Settled::but_for(settlement, &held))
     }
 
     async fn stats(&self) -> Result<Stats> {
@@ -271,9 +264,6 @@ impl fmt::Debug for PostgresStore {
             .finish_non_exhaustive()
     }
 }
-
-/// A lease longer than that overflows the server's times.
-const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 const fn owned(shard: Shard, epoch: i64) -> OwnedShard {
     OwnedShard {
@@ -336,11 +326,7 @@ const COUNTED: i64 = 100_000;
 async fn bounded(session: &mut Session, statement: &Statement) -> Result<Count> {
     let row = session.row(statement.query().bind(COUNTED)).await?;
     let rows = number(&row, 0).during("stats")?;
-    Ok(if rows < COUNTED {
-        Count::Exact(rows.unsigned_abs())
-    } else {
-        Count::AtLeast(rows.unsigned_abs())
-    })
+    Ok(Count::up_to(COUNTED.unsigned_abs(), rows.unsigned_abs()))
 }
 
 /// Who owns what, and who is alive.

@@ -19,8 +19,8 @@ mod worker;
 pub use config::{SqliteConfig, Synchronous};
 pub use enqueue::SqliteOutbox;
 pub use inbox::SqliteInbox;
-pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Result};
+pub use outbox_core::{Error, ErrorKind, FetchMode, Identifier, Migrated, Result};
 /// The driver, whose types are part of this crate's API.
 pub use rusqlite;
-pub use schema::{Migrated, migrate, migration_sql};
+pub use schema::{migrate, migration_sql};
 pub use store::SqliteStore;

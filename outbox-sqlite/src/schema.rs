@@ -3,34 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Error, ErrorKind, Ordering, Result};
+use outbox_core::{Error, ErrorKind, Migrated, Ordering, Result};
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
 use crate::config::SqliteConfig;
 use crate::error::During;
 use crate::sql::{self, TABLE_EXISTS, VERSION};
 use crate::worker::{connect, write};
-
-/// What [`migrate`] did.
-///
-/// ```
-/// use outbox_sqlite::Migrated;
-///
-/// fn says(migrated: Migrated) -> String {
-///     match migrated.from {
-///         None => format!("made at version {}", migrated.to),
-///         Some(from) if from == migrated.to => format!("is at version {from} already"),
-///         Some(from) => format!("brought from version {from} to {}", migrated.to),
-///     }
-/// }
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Migrated {
-    /// The version that was found; none where there was no outbox.
-    pub from: Option<i64>,
-    /// The version that is there now.
-    pub to: i64,
-}
 
 const DURING: &str = "migrate";
 const CHECK: &str = "check schema";

@@ -334,11 +334,7 @@ fn stats(transaction: &Transaction<'_>, sql: &Sql) -> rusqlite::Result<Stats> {
         let number: i64 = transaction
             .prepare_cached(statement)?
             .query_row([COUNTED], |row| row.get(0))?;
-        Ok(if number < COUNTED {
-            Count::Exact(number.unsigned_abs())
-        } else {
-            Count::AtLeast(number.unsigned_abs())
-        })
+        Ok(Count::up_to(COUNTED.unsigned_abs(), number.unsigned_abs()))
     };
     let oldest = transaction
         .prepare_cached(&sql.oldest)?

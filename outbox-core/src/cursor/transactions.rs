@@ -8,6 +8,10 @@ use super::{Reach, START};
 pub(super) const MAX_MARKS: usize = 128;
 
 /// The number of a transaction, 64 bits without wrap-around.
+///
+/// ```
+/// let first: outbox_core::cursor::Xid = 3;
+/// ```
 pub type Xid = u64;
 
 /// Which transactions a snapshot sees: all below `xmin`; none from `xmax` on; of those between, all but `running`.
