@@ -28,7 +28,8 @@ pub(crate) async fn describe(server: &Server, relay: &str) -> Outcome<Machine> {
             .trim()
             .to_owned(),
         load: load.split(' ').take(3).collect::<Vec<_>>().join(" "),
-        postgres: server.describe().await?,
+        postgres: server.postgres().await?,
+        mysql: server.mysql().await?,
         kafka: Kafka {
             // Kafka's protocol does not tell its version; scripts/bench does, of the one that scripts/services starts.
             version: std::env::var("OUTBOX_BENCH_KAFKA_VERSION")

@@ -15,9 +15,11 @@ mod baseline;
 mod kafka;
 mod ledger;
 mod machine;
+mod mysql;
 mod place;
 mod plot;
 mod process;
+mod queue;
 mod report;
 mod results;
 mod stage;
@@ -69,16 +71,36 @@ struct Options {
     report: Option<Vec<PathBuf>>,
     #[arg(long, env = "OUTBOX_TEST_POSTGRES", hide = true, hide_env_values = true)]
     postgres: Option<String>,
+    #[arg(long, env = "OUTBOX_TEST_MYSQL", hide = true, hide_env_values = true)]
+    mysql: Option<String>,
+    #[arg(long, env = "OUTBOX_TEST_MARIADB", hide = true, hide_env_values = true)]
+    mariadb: Option<String>,
     #[arg(long, env = "OUTBOX_TEST_KAFKA", hide = true)]
     kafka: Option<String>,
     /// Files with the ids of the servers' processes, when they run on this machine.
     #[arg(long, env = "OUTBOX_TEST_POSTGRES_PID", hide = true)]
     postgres_pid: Option<PathBuf>,
+    #[arg(long, env = "OUTBOX_TEST_MYSQL_PID", hide = true)]
+    mysql_pid: Option<PathBuf>,
+    #[arg(long, env = "OUTBOX_TEST_MARIADB_PID", hide = true)]
+    mariadb_pid: Option<PathBuf>,
     #[arg(long, env = "OUTBOX_TEST_KAFKA_PID", hide = true)]
     kafka_pid: Option<PathBuf>,
     /// Passed by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+impl Options {
+    /// The URL of the store's server, and the file with the id of its process.
+    const fn database(&self) -> (Option<&String>, Option<&PathBuf>) {
+        match self.store {
+            Store::Postgres => (self.postgres.as_ref(), self.postgres_pid.as_ref()),
+            Store::Mysql => (self.mysql.as_ref(), self.mysql_pid.as_ref()),
+            Store::Mariadb => (self.mariadb.as_ref(), self.mariadb_pid.as_ref()),
+            Store::Sqlite | Store::Memory => (None, None),
+        }
+    }
 }
 
 fn relay_config(text: &str) -> Result<RelayConfig, String> {
@@ -111,7 +133,8 @@ async fn run(options: Options) -> Outcome<()> {
         .kafka
         .clone()
         .ok_or("OUTBOX_TEST_KAFKA is not set: see scripts/services")?;
-    let server = Server::start(options.store, options.postgres.as_deref()).await?;
+    let (url, process) = options.database();
+    let server = Server::start(options.store, url.map(String::as_str)).await?;
     let machine = machine::describe(&server, &machine::differences(&options.relay)?).await?;
     print_machine(&machine);
     let mut bench = Bench {
@@ -123,14 +146,11 @@ async fn run(options: Options) -> Outcome<()> {
             .iter()
             .flat_map(|under| under.split_whitespace().map(str::to_owned))
             .collect(),
-        servers: [
-            ("database", &options.postgres_pid),
-            ("broker", &options.kafka_pid),
-        ]
-        .into_iter()
-        .filter_map(|(name, file)| Some((name, file.as_ref()?)))
-        .map(|(name, file)| Ok((name, std::fs::read_to_string(file)?.trim().to_owned())))
-        .collect::<Outcome<_>>()?,
+        servers: [("database", process), ("broker", options.kafka_pid.as_ref())]
+            .into_iter()
+            .filter_map(|(name, file)| Some((name, file?)))
+            .map(|(name, file)| Ok((name, std::fs::read_to_string(file)?.trim().to_owned())))
+            .collect::<Outcome<_>>()?,
         quick: options.quick,
         run: machine.run.clone(),
         samples: Vec::new(),

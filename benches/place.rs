@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use outbox::postgres::sqlx::postgres::{PgPool, PgPoolOptions};
-use outbox::postgres::sqlx::{AssertSqlSafe, Row};
+use outbox::mysql::{MysqlConfig, MysqlStore};
+use outbox::postgres::sqlx::mysql::{MySqlConnection, MySqlPool, MySqlPoolOptions};
+use outbox::postgres::sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
+use outbox::postgres::sqlx::{AssertSqlSafe, Row, query, raw_sql};
 use outbox::postgres::{PostgresConfig, PostgresStore};
 use outbox::sqlite::rusqlite::{self, Connection, params};
 use outbox::sqlite::{SqliteConfig, SqliteStore};
@@ -13,12 +15,16 @@ use outbox::{Identifier, MemoryStore, Message, OutboxStore};
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{DIGITS, Flow};
-use crate::results::{Outcome, Postgres};
+use crate::mysql;
+use crate::queue::{self, QUEUE};
+use crate::results::{self, Outcome};
 
 /// The kinds of stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Store {
     Postgres,
+    Mysql,
+    Mariadb,
     Sqlite,
     Memory,
 }
@@ -27,39 +33,102 @@ impl Store {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Postgres => "postgres",
+            Self::Mysql => "mysql",
+            Self::Mariadb => "mariadb",
             Self::Sqlite => "sqlite",
             Self::Memory => "memory",
         }
     }
+
+    /// Whether it is a server's, to which many connect: for these there are baselines that claim.
+    pub(crate) const fn is_server(self) -> bool {
+        match self {
+            Self::Postgres | Self::Mysql | Self::Mariadb => true,
+            Self::Sqlite | Self::Memory => false,
+        }
+    }
+}
+
+/// Connections to a server.
+#[derive(Clone)]
+enum Pool {
+    Postgres(PgPool),
+    Mysql(MySqlPool),
+}
+
+impl Pool {
+    async fn connect(store: Store, url: &str, most: u32) -> Outcome<Self> {
+        Ok(if store == Store::Postgres {
+            Self::Postgres(PgPoolOptions::new().max_connections(most).connect(url).await?)
+        } else {
+            Self::Mysql(MySqlPoolOptions::new().max_connections(most).connect(url).await?)
+        })
+    }
+
+    /// Runs text of our own.
+    async fn run(&self, text: String) -> Outcome<()> {
+        let text = raw_sql(AssertSqlSafe(text));
+        match self {
+            Self::Postgres(pool) => drop(text.execute(pool).await?),
+            Self::Mysql(pool) => drop(text.execute(pool).await?),
+        }
+        Ok(())
+    }
+
+    async fn close(&self) {
+        match self {
+            Self::Postgres(pool) => pool.close().await,
+            Self::Mysql(pool) => pool.close().await,
+        }
+    }
+}
+
+/// What the run has on a server.
+struct Database {
+    /// As the administrator, who is elsewhere.
+    admin: Pool,
+    /// In the run's database.
+    pool: Pool,
+    /// Of that database, with which the names of all others of the run begin: a schema of MySQL's is a database.
+    name: String,
+    url: String,
 }
 
 /// A database of the run's own, or a folder, which goes with it.
 pub(crate) struct Server {
     pub(crate) store: Store,
-    /// PostgreSQL as its administrator, and the run's database there.
-    postgres: Option<(PgPool, String, PgPool, String)>,
+    database: Option<Database>,
     folder: tempfile::TempDir,
 }
 
 impl Server {
     pub(crate) async fn start(store: Store, url: Option<&str>) -> Outcome<Self> {
-        let postgres = match (store, url) {
-            (Store::Postgres, Some(url)) => {
-                let admin = PgPoolOptions::new().max_connections(1).connect(url).await?;
-                let database = format!("outbox_bench_{}", std::process::id());
-                run(&admin, format!("CREATE DATABASE {database}")).await?;
-                let url = in_database(url, &database)?;
-                let pool = PgPoolOptions::new().max_connections(48).connect(&url).await?;
-                Some((admin, database, pool, url))
+        let database = match url {
+            _ if !store.is_server() => None,
+            Some(url) => {
+                let admin = Pool::connect(store, url, 1).await?;
+                if let Pool::Mysql(admin) = &admin {
+                    mysql::check(admin, store).await?;
+                }
+                let name = format!("outbox_bench_{}", std::process::id());
+                admin.run(format!("CREATE DATABASE {name}")).await?;
+                let url = in_database(url, &name)?;
+                let pool = Pool::connect(store, &url, 48).await?;
+                Some(Database {
+                    admin,
+                    pool,
+                    name,
+                    url,
+                })
             }
-            (Store::Postgres, None) => {
-                return Err("OUTBOX_TEST_POSTGRES is not set: see scripts/services".into());
+            None => {
+                let variable = store.name().to_uppercase();
+                return Err(format!("OUTBOX_TEST_{variable} is not set: see scripts/services").into());
             }
-            _ => None,
         };
         Ok(Self {
             store,
-            postgres,
+            database,
             folder: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?,
         })
     }
@@ -67,39 +136,49 @@ impl Server {
     /// A fresh outbox.
     pub(crate) async fn place(&self) -> Outcome<Place> {
         let name = format!("m{}", outbox::MessageId::new().as_uuid().simple());
-        Ok(match (self.store, &self.postgres) {
-            (Store::Postgres, Some((_, _, pool, url))) => {
-                let (pool, url) = (pool.clone(), url.clone());
+        let (spec, pool) = match (self.store, &self.database) {
+            (Store::Postgres, Some(Database { pool, url, .. })) => {
+                let url = url.clone();
                 let spec = Spec::Postgres { url, schema: name };
                 outbox::postgres::migrate(&spec.postgres()?).await?;
-                Place {
-                    spec,
-                    pool: Some(pool),
-                }
+                (spec, Some(pool.clone()))
             }
-            (Store::Sqlite, _) => {
+            (
+                _,
+                Some(Database {
+                    pool, url, name: run, ..
+                }),
+            ) => {
+                let database = format!("{run}_{name}");
+                pool.run(format!("CREATE DATABASE {database}")).await?;
+                let spec = Spec::Mysql {
+                    url: in_database(url, &database)?,
+                    database,
+                };
+                outbox::mysql::migrate(&spec.mysql()?).await?;
+                (spec, Some(pool.clone()))
+            }
+            (Store::Sqlite, None) => {
                 let spec = Spec::Sqlite {
                     path: self.folder.path().join(name),
                 };
                 outbox::sqlite::migrate(&spec.sqlite()?)?;
-                Place { spec, pool: None }
+                (spec, None)
             }
-            _ => Place {
-                spec: Spec::Memory { filled: None },
-                pool: None,
-            },
-        })
+            (_, None) => (Spec::Memory { filled: None }, None),
+        };
+        Ok(Place { spec, pool })
     }
 
-    /// What the server says of itself.
-    pub(crate) async fn describe(&self) -> Outcome<Option<Postgres>> {
-        let Some((_, _, pool, _)) = &self.postgres else {
+    /// What PostgreSQL says of itself.
+    pub(crate) async fn postgres(&self) -> Outcome<Option<results::Postgres>> {
+        let Some(Pool::Postgres(pool)) = self.database.as_ref().map(|database| &database.pool) else {
             return Ok(None);
         };
         let names = ["server_version", "fsync", "synchronous_commit", "shared_buffers"];
         let mut values = Vec::new();
         for name in names {
-            let row = outbox::postgres::sqlx::query("SELECT current_setting($1)")
+            let row = query("SELECT current_setting($1)")
                 .bind(name)
                 .fetch_one(pool)
                 .await?;
@@ -107,7 +186,7 @@ impl Server {
         }
         let mut values = values.into_iter();
         let mut next = || values.next().unwrap_or_default();
-        Ok(Some(Postgres {
+        Ok(Some(results::Postgres {
             version: next(),
             fsync: next(),
             synchronous_commit: next(),
@@ -115,15 +194,29 @@ impl Server {
         }))
     }
 
+    /// What MySQL or MariaDB says of itself.
+    pub(crate) async fn mysql(&self) -> Outcome<Option<results::Mysql>> {
+        match self.database.as_ref().map(|database| &database.pool) {
+            Some(Pool::Mysql(pool)) => Ok(Some(mysql::describe(pool).await?)),
+            _ => Ok(None),
+        }
+    }
+
     /// Nothing of the run stays.
     pub(crate) async fn remove(self) -> Outcome<()> {
-        if let Some((admin, database, pool, _)) = self.postgres {
-            // Connections of a measurement that was cut short would keep it.
-            let closing = tokio::time::timeout(Duration::from_secs(2), pool.close());
-            let _ = closing.await;
-            run(&admin, format!("DROP DATABASE {database} WITH (FORCE)")).await?;
+        let Some(Database {
+            admin, pool, name, ..
+        }) = self.database
+        else {
+            return Ok(());
+        };
+        // Connections of a measurement that was cut short would keep it.
+        let closing = tokio::time::timeout(Duration::from_secs(2), pool.close());
+        let _ = closing.await;
+        match &admin {
+            Pool::Postgres(_) => admin.run(format!("DROP DATABASE {name} WITH (FORCE)")).await,
+            Pool::Mysql(admin) => mysql::drop_all(admin, &name).await,
         }
-        Ok(())
     }
 }
 
@@ -134,16 +227,8 @@ fn in_database(url: &str, database: &str) -> Outcome<String> {
         .map_or((url, String::new()), |(base, query)| (base, format!("?{query}")));
     let (server, _) = base
         .rsplit_once('/')
-        .ok_or("the URL of PostgreSQL names no database")?;
+        .ok_or("the server's URL names no database")?;
     Ok(format!("{server}/{database}{query}"))
-}
-
-/// Runs text of our own.
-async fn run(pool: &PgPool, text: String) -> Outcome<()> {
-    outbox::postgres::sqlx::raw_sql(AssertSqlSafe(text))
-        .execute(pool)
-        .await?;
-    Ok(())
 }
 
 /// An outbox, as another process can open it.
@@ -152,6 +237,11 @@ pub(crate) enum Spec {
     Postgres {
         url: String,
         schema: String,
+    },
+    /// The URL names the database as well.
+    Mysql {
+        url: String,
+        database: String,
     },
     Sqlite {
         path: PathBuf,
@@ -173,6 +263,13 @@ impl Spec {
         })
     }
 
+    pub(crate) fn mysql(&self) -> Outcome<MysqlConfig> {
+        let Self::Mysql { url, .. } = self else {
+            return Err("this needs MySQL or MariaDB".into());
+        };
+        Ok(MysqlConfig::new(url.clone()))
+    }
+
     pub(crate) fn sqlite(&self) -> Outcome<SqliteConfig> {
         let Self::Sqlite { path } = self else {
             return Err("this needs SQLite".into());
@@ -183,6 +280,7 @@ impl Spec {
     pub(crate) async fn open(&self) -> Outcome<Arc<dyn OutboxStore>> {
         Ok(match self {
             Self::Postgres { .. } => Arc::new(PostgresStore::connect(self.postgres()?).await?),
+            Self::Mysql { .. } => Arc::new(MysqlStore::connect(self.mysql()?).await?),
             Self::Sqlite { .. } => Arc::new(SqliteStore::open(self.sqlite()?)?),
             Self::Memory { filled } => {
                 let store = MemoryStore::default();
@@ -208,7 +306,8 @@ impl Spec {
     pub(crate) fn table(&self, name: &str) -> String {
         match self {
             Self::Postgres { schema, .. } => format!("\"{schema}\".\"{name}\""),
-            _ => format!("\"{name}\""),
+            Self::Mysql { database, .. } => format!("`{database}`.`{name}`"),
+            Self::Sqlite { .. } | Self::Memory { .. } => format!("\"{name}\""),
         }
     }
 }
@@ -216,27 +315,36 @@ impl Spec {
 /// An outbox, as the run fills it.
 pub(crate) struct Place {
     pub(crate) spec: Spec,
-    pool: Option<PgPool>,
+    pool: Option<Pool>,
 }
 
-/// The table of the baselines: what most people write first.
-pub(crate) const QUEUE: &str = "queue";
-
 impl Place {
-    pub(crate) fn pool(&self) -> Outcome<&PgPool> {
-        self.pool.as_ref().ok_or_else(|| "this needs PostgreSQL".into())
+    fn pool(&self) -> Outcome<&Pool> {
+        self.pool.as_ref().ok_or_else(|| "this needs a server".into())
     }
 
-    /// Makes the baselines' table, with the one index that their claims need.
+    fn postgres(&self) -> Outcome<&PgPool> {
+        match &self.pool {
+            Some(Pool::Postgres(pool)) => Ok(pool),
+            _ => Err("this needs PostgreSQL".into()),
+        }
+    }
+
+    fn mysql(&self) -> Outcome<&MySqlPool> {
+        match &self.pool {
+            Some(Pool::Mysql(pool)) => Ok(pool),
+            _ => Err("this needs MySQL or MariaDB".into()),
+        }
+    }
+
+    /// Of so many producers, how many can commit at once.
+    pub(crate) const fn producers(&self, wanted: usize) -> usize {
+        if self.pool.is_some() { wanted } else { 1 }
+    }
+
+    /// Makes the baselines' table.
     pub(crate) async fn make_queue(&self) -> Outcome<()> {
-        let queue = self.spec.table(QUEUE);
-        let text = format!(
-            "CREATE TABLE {queue} (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY, \
-             message_id uuid NOT NULL DEFAULT gen_random_uuid(), topic text NOT NULL, key bytea, payload bytea, \
-             created_at timestamptz NOT NULL DEFAULT clock_timestamp(), claimed_at timestamptz, processed_at timestamptz); \
-             CREATE INDEX ON {queue} (id) WHERE processed_at IS NULL"
-        );
-        run(self.pool()?, text).await
+        self.pool()?.run(queue::table(&self.spec)?).await
     }
 
     /// Enqueues the messages `numbers`, in order, in one transaction.
@@ -259,16 +367,17 @@ impl Place {
                             convert_to(lpad(n::text, {DIGITS}, '0') || repeat('x', $6::int), 'UTF8') \
                        FROM generate_series($2::bigint, $3::bigint) n"
                 );
-                outbox::postgres::sqlx::query(AssertSqlSafe(text))
+                query(AssertSqlSafe(text))
                     .bind(topic)
                     .bind(from)
                     .bind(to)
                     .bind(apart)
                     .bind(keys)
                     .bind(rest)
-                    .execute(self.pool()?)
+                    .execute(self.postgres()?)
                     .await?;
             }
+            Spec::Mysql { .. } => mysql::fill(self.mysql()?, &name, topic, flow, from..=to).await?,
             Spec::Sqlite { path } => {
                 let text = format!(
                     "WITH RECURSIVE numbers(n) AS (SELECT ?2 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?3) \
@@ -290,19 +399,18 @@ impl Place {
     pub(crate) async fn calm(&self) -> Outcome<()> {
         match &self.spec {
             Spec::Postgres { schema, .. } => {
+                let tables = query("SELECT tablename::text FROM pg_tables WHERE schemaname = $1")
+                    .bind(schema)
+                    .fetch_all(self.postgres()?)
+                    .await?;
                 let pool = self.pool()?;
-                let tables = outbox::postgres::sqlx::query(
-                    "SELECT tablename::text FROM pg_tables WHERE schemaname = $1",
-                )
-                .bind(schema)
-                .fetch_all(pool)
-                .await?;
                 for table in tables {
                     let table = self.spec.table(&table.try_get::<String, _>(0)?);
-                    run(pool, format!("VACUUM ANALYZE {table}")).await?;
+                    pool.run(format!("VACUUM ANALYZE {table}")).await?;
                 }
-                run(pool, "CHECKPOINT".to_owned()).await
+                pool.run("CHECKPOINT".to_owned()).await
             }
+            Spec::Mysql { database, .. } => mysql::calm(self.mysql()?, database).await,
             Spec::Sqlite { path } => {
                 let checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)";
                 tokio::task::block_in_place(|| connect(path)?.query_row(checkpoint, [], |_| Ok(())))?;
@@ -322,9 +430,11 @@ impl Place {
         let text = format!("SELECT count(*) FROM {} {condition}", self.spec.table(table));
         let left: i64 = match &self.spec {
             Spec::Postgres { .. } => {
-                let row = outbox::postgres::sqlx::query(AssertSqlSafe(text))
-                    .fetch_one(self.pool()?)
-                    .await?;
+                let row = query(AssertSqlSafe(text)).fetch_one(self.postgres()?).await?;
+                row.try_get(0)?
+            }
+            Spec::Mysql { .. } => {
+                let row = query(AssertSqlSafe(text)).fetch_one(self.mysql()?).await?;
                 row.try_get(0)?
             }
             Spec::Sqlite { path } => {
@@ -336,29 +446,66 @@ impl Place {
         Ok(left.unsigned_abs())
     }
 
+    /// A connection of its own.
+    async fn link(&self) -> Outcome<Link> {
+        Ok(match &self.spec {
+            Spec::Postgres { .. } => Link::Postgres(self.postgres()?.acquire().await?.detach()),
+            Spec::Mysql { .. } => Link::Mysql(self.mysql()?.acquire().await?.detach()),
+            Spec::Sqlite { path } => Link::Sqlite(connect(path)?),
+            Spec::Memory { .. } => return Err("another process cannot write into this one's memory".into()),
+        })
+    }
+
     /// A connection that commits messages one by one.
     pub(crate) async fn producer(&self, table: &str, topic: &str, flow: Flow) -> Outcome<Producer> {
-        let insert = format!(
-            "INSERT INTO {} (topic, key, payload) VALUES ",
-            self.spec.table(table)
-        );
-        let link = match &self.spec {
-            Spec::Postgres { .. } => Link::Postgres(self.pool()?.acquire().await?, insert + "($1, $2, $3)"),
-            Spec::Sqlite { path } => Link::Sqlite(connect(path)?, insert + "(?1, ?2, ?3)"),
-            Spec::Memory { .. } => return Err("another process cannot produce into this one's memory".into()),
+        let link = self.link().await?;
+        let table = self.spec.table(table);
+        let insert = match &link {
+            Link::Postgres(_) => format!("INSERT INTO {table} (topic, key, payload) VALUES ($1, $2, $3)"),
+            Link::Mysql(_) => format!("INSERT INTO {table} (topic, `key`, payload) VALUES (?, ?, ?)"),
+            Link::Sqlite(_) => format!("INSERT INTO {table} (topic, key, payload) VALUES (?1, ?2, ?3)"),
         };
         Ok(Producer {
             link,
+            insert,
             topic: topic.to_owned(),
             flow,
         })
     }
 
+    /// A transaction that has enqueued a message and does not end.
+    pub(crate) async fn writer(&self, topic: &str, flow: Flow, number: u64) -> Outcome<Held> {
+        let mut producer = self.producer("outbox", topic, flow).await?;
+        producer.link.run("BEGIN").await?;
+        producer.commit(number).await?;
+        Ok(Held(producer.link))
+    }
+
+    /// A transaction that sees what is committed now, for as long as it lasts.
+    pub(crate) async fn snapshot(&self) -> Outcome<Held> {
+        let mut link = self.link().await?;
+        link.run(match link {
+            Link::Postgres(_) => {
+                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT count(*) FROM pg_class"
+            }
+            Link::Mysql(_) => {
+                "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
+                 START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
+            }
+            Link::Sqlite(_) => return Err("this needs a server".into()),
+        })
+        .await?;
+        Ok(Held(link))
+    }
+
     pub(crate) async fn remove(self) -> Outcome<()> {
         match &self.spec {
             Spec::Postgres { schema, .. } => {
-                run(self.pool()?, format!("DROP SCHEMA \"{schema}\" CASCADE")).await
+                self.pool()?
+                    .run(format!("DROP SCHEMA \"{schema}\" CASCADE"))
+                    .await
             }
+            Spec::Mysql { database, .. } => self.pool()?.run(format!("DROP DATABASE {database}")).await,
             Spec::Sqlite { path } => {
                 for suffix in ["", "-wal", "-shm"] {
                     let mut name = path.clone().into_os_string();
@@ -372,39 +519,59 @@ impl Place {
     }
 }
 
+enum Link {
+    Postgres(PgConnection),
+    Mysql(MySqlConnection),
+    Sqlite(Connection),
+}
+
+impl Link {
+    /// Runs text of our own.
+    async fn run(&mut self, text: &'static str) -> Outcome<()> {
+        match self {
+            Self::Postgres(connection) => drop(raw_sql(text).execute(connection).await?),
+            Self::Mysql(connection) => drop(raw_sql(text).execute(connection).await?),
+            Self::Sqlite(connection) => connection.execute_batch(text)?,
+        }
+        Ok(())
+    }
+}
+
+/// A transaction that does not end before it is told to.
+pub(crate) struct Held(Link);
+
+impl Held {
+    pub(crate) async fn end(mut self) -> Outcome<()> {
+        self.0.run("COMMIT").await
+    }
+}
+
 /// Commits messages, each in a transaction of its own.
 pub(crate) struct Producer {
     link: Link,
+    insert: String,
     topic: String,
     flow: Flow,
-}
-
-enum Link {
-    Postgres(
-        outbox::postgres::sqlx::pool::PoolConnection<outbox::postgres::sqlx::Postgres>,
-        String,
-    ),
-    Sqlite(Connection, String),
 }
 
 impl Producer {
     /// Returns when the message is committed.
     pub(crate) async fn commit(&mut self, number: u64) -> Outcome<()> {
         let (key, payload) = (self.flow.key(number).to_string(), self.flow.payload(number));
+        let text = AssertSqlSafe(self.insert.clone());
         match &mut self.link {
-            Link::Postgres(connection, text) => {
-                outbox::postgres::sqlx::query(AssertSqlSafe(text.clone()))
-                    .bind(&self.topic)
-                    .bind(key.as_bytes())
-                    .bind(&payload)
-                    .execute(&mut **connection)
-                    .await?;
+            Link::Postgres(connection) => {
+                let insert = query(text).bind(&self.topic).bind(key.as_bytes()).bind(&payload);
+                insert.execute(connection).await?;
             }
-            Link::Sqlite(connection, text) => {
+            Link::Mysql(connection) => {
+                let insert = query(text).bind(&self.topic).bind(key.as_bytes()).bind(&payload);
+                insert.execute(connection).await?;
+            }
+            Link::Sqlite(connection) => {
                 tokio::task::block_in_place(|| {
-                    connection
-                        .prepare_cached(text)?
-                        .execute(params![self.topic, key.as_bytes(), payload])
+                    let mut insert = connection.prepare_cached(&self.insert)?;
+                    insert.execute(params![self.topic, key.as_bytes(), payload])
                 })?;
             }
         }

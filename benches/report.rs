@@ -4,7 +4,50 @@ use std::fmt::Write as _;
 
 use crate::results::{Finding, Results, figure};
 
-/// What the project set out to reach, with the PostgreSQL store and Kafka.
+/// A store, as its section begins.
+struct Section {
+    store: &'static str,
+    title: &'static str,
+    targets: &'static [Target],
+    /// What stands in the way of what was missed. Its figures are of profiles, beside the runs below.
+    limits: &'static str,
+}
+
+/// All stores, in the order of the report.
+const SECTIONS: &[Section] = &[
+    Section {
+        store: "postgres",
+        title: "PostgreSQL",
+        targets: POSTGRES,
+        limits: LIMITS,
+    },
+    Section {
+        store: "mysql",
+        title: "MySQL",
+        targets: MYSQL,
+        limits: "",
+    },
+    Section {
+        store: "mariadb",
+        title: "MariaDB",
+        targets: MYSQL,
+        limits: "",
+    },
+    Section {
+        store: "sqlite",
+        title: "SQLite",
+        targets: &[],
+        limits: "",
+    },
+    Section {
+        store: "memory",
+        title: "Memory",
+        targets: &[],
+        limits: "",
+    },
+];
+
+/// What the project set out to reach with a store and Kafka.
 struct Target {
     what: &'static str,
     workload: &'static str,
@@ -17,8 +60,6 @@ enum Bound {
     AtLeast(f64),
     AtMost(f64),
 }
-
-const STORE: &str = "postgres";
 
 const fn target(
     what: &'static str,
@@ -36,7 +77,16 @@ const fn target(
     }
 }
 
-const TARGETS: &[Target] = &[
+/// MySQL's and MariaDB's.
+const MYSQL: &[Target] = &[target(
+    "drain, beside the batched baseline",
+    "drain",
+    "",
+    "rate, in rates of batched",
+    Bound::AtLeast(2.0),
+)];
+
+const POSTGRES: &[Target] = &[
     target(
         "drain, beside the batched baseline",
         "drain",
@@ -136,11 +186,13 @@ const WORKLOADS: &[(&str, &str)] = &[
     (
         "drain",
         "A backlog of messages of 1 KiB with 10,000 keys, from the word to begin until the broker has the last message: \
-         200,000 messages, 2,000 for *naive*. Each system has a fresh table, vacuumed and analysed, a fresh topic that was \
-         written to, and sends the message's id as a header. *batched* claims rows by an `UPDATE` with \
-         `FOR UPDATE SKIP LOCKED` over a partial index, sends all, waits for all, marks all with one `UPDATE`: as libraries \
-         do it that hold no transaction open while they wait for a broker. *locked* does all of it in one transaction, \
-         which spares the claim's write, and commits without waiting for the disk. The batch of each is the best of 100, \
+         200,000 messages, 2,000 for *naive*. Each system has a fresh table, vacuumed (in MySQL and MariaDB: purged) and \
+         analysed, a fresh topic that was written to, and sends the message's id as a header. *batched* claims rows by an \
+         `UPDATE` with `FOR UPDATE SKIP LOCKED` over a partial index, sends all, waits for all, marks all with one \
+         `UPDATE`: as libraries do it that hold no transaction open while they wait for a broker. In MySQL and MariaDB, \
+         where an `UPDATE` returns nothing and no index is partial, the claim is a transaction of a `SELECT` and an \
+         `UPDATE`, over an index by what is marked and the id. *locked* does all of it in one transaction, which spares \
+         the claim's write, and in PostgreSQL commits without waiting for the disk. The batch of each is the best of 100, \
          500, 1,000 and 2,000, tried before, its linger 0. *naive* claims as *batched* does, sends one after the other \
          with librdkafka's default linger and waits for each, then marks; in SQLite it reads one, sends it, deletes it. \
          All use `acks=all` and idempotence, as the relay does. The CPU of the database, of the broker and of the whole \
@@ -176,9 +228,9 @@ const WORKLOADS: &[(&str, &str)] = &[
     ),
 ];
 
-/// What stands in the way of what was missed. Its figures are of profiles, beside the runs below.
+/// PostgreSQL's.
 const LIMITS: &str = "
-### What limits it
+### PostgreSQL: what limits it
 
 Database, broker, producers, consumer and relay share the cores of one machine, and all of its cores are busy: a message's \
 CPU on the whole machine, in the table of *drain*, times the rate is all there is. So the relay's rate is bounded by what \
@@ -213,19 +265,20 @@ pub(crate) fn text(results: &Results) -> String {
          Made by `scripts/bench --report` of what `scripts/bench` measured; not written by hand. Figures are medians of \
          rounds, with their range, in which systems and cases take turns. Compare within one table only: another machine, \
          or this one tomorrow, gives others. The relay is a process of its own, and CPU and memory are its alone. Every \
-         topic was read from its beginning; a round with a loss, a duplicate or an inversion would not count.\n",
+         topic was read from its beginning; a round with a loss, a duplicate or an inversion would not count.\n\
+         \n![Drain rates and latencies](performance.svg)\n\
+         \n## What is measured\n\n",
     );
-    write_targets(&mut text, results);
-    text.push_str(LIMITS);
-    text.push_str("\n![Drain rates and latencies](performance.svg)\n");
     for (workload, description) in WORKLOADS {
-        let found: Vec<&Finding> = results
+        put(&mut text, format_args!("- **{workload}**: {description}\n"));
+    }
+    for section in SECTIONS {
+        let measured = results
             .findings
             .iter()
-            .filter(|finding| finding.workload == *workload)
-            .collect();
-        if !found.is_empty() {
-            write_workload(&mut text, workload, description, &found);
+            .any(|finding| finding.store == section.store);
+        if measured {
+            write_section(&mut text, section, results);
         }
     }
     text.push_str("\n## Machines\n");
@@ -255,9 +308,24 @@ pub(crate) fn text(results: &Results) -> String {
     text
 }
 
-fn write_targets(text: &mut String, results: &Results) {
-    text.push_str("\n## Targets\n\nOf the PostgreSQL store with Kafka.\n\n| target | wanted | found | |\n|---|---:|---:|---|\n");
-    for target in TARGETS {
+fn write_section(text: &mut String, section: &Section, results: &Results) {
+    put(text, format_args!("\n## {}\n", section.title));
+    if !section.targets.is_empty() {
+        write_targets(text, section, results);
+    }
+    text.push_str(section.limits);
+    for (workload, _) in WORKLOADS {
+        let of_both = |finding: &&Finding| finding.store == section.store && finding.workload == *workload;
+        let found: Vec<&Finding> = results.findings.iter().filter(of_both).collect();
+        if !found.is_empty() {
+            write_workload(text, section, workload, &found);
+        }
+    }
+}
+
+fn write_targets(text: &mut String, section: &Section, results: &Results) {
+    text.push_str("\n| target | wanted | found | |\n|---|---:|---:|---|\n");
+    for target in section.targets {
         let Target {
             what,
             workload,
@@ -265,7 +333,7 @@ fn write_targets(text: &mut String, results: &Results) {
             metric,
             bound,
         } = target;
-        let found = results.find(STORE, workload, "outbox", case, metric);
+        let found = results.find(section.store, workload, "outbox", case, metric);
         let (sign, wanted) = match bound {
             Bound::AtLeast(wanted) => ("≥", *wanted),
             Bound::AtMost(wanted) => ("≤", *wanted),
@@ -295,12 +363,13 @@ fn write_targets(text: &mut String, results: &Results) {
     }
 }
 
-fn write_workload(text: &mut String, workload: &str, description: &str, found: &[&Finding]) {
-    put(text, format_args!("\n## {workload}\n\n{description}\n\n"));
-    text.push_str("| store | system | case | metric | median | range | unit | rounds |\n|---|---|---|---|---:|---:|---|---:|\n");
+fn write_workload(text: &mut String, section: &Section, workload: &str, found: &[&Finding]) {
+    put(text, format_args!("\n### {}: {workload}\n\n", section.title));
+    text.push_str(
+        "| system | case | metric | median | range | unit | rounds |\n|---|---|---|---:|---:|---|---:|\n",
+    );
     for finding in found {
         let Finding {
-            store,
             system,
             case,
             metric,
@@ -312,7 +381,7 @@ fn write_workload(text: &mut String, workload: &str, description: &str, found: &
         put(
             text,
             format_args!(
-                "| {store} | {system} | {case} | {metric} | {} | {} | {unit} | {rounds} |\n",
+                "| {system} | {case} | {metric} | {} | {} | {unit} | {rounds} |\n",
                 figure(*median),
                 finding.range()
             ),

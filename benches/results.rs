@@ -23,6 +23,9 @@ pub(crate) struct Machine {
     /// What else ran: the load average before the run.
     pub(crate) load: String,
     pub(crate) postgres: Option<Postgres>,
+    /// Of MySQL or MariaDB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mysql: Option<Mysql>,
     pub(crate) kafka: Kafka,
     /// The relay's configuration where it is not the default.
     pub(crate) relay: String,
@@ -35,6 +38,29 @@ pub(crate) struct Postgres {
     pub(crate) fsync: String,
     pub(crate) synchronous_commit: String,
     pub(crate) shared_buffers: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Mysql {
+    /// MariaDB's has its name.
+    pub(crate) version: String,
+    pub(crate) flush_log_at_trx_commit: String,
+    pub(crate) log_bin: String,
+    pub(crate) sync_binlog: String,
+    pub(crate) doublewrite: String,
+    pub(crate) buffer_pool: String,
+    pub(crate) performance_schema: String,
+}
+
+impl Mysql {
+    pub(crate) fn product(&self) -> &'static str {
+        if self.version.contains("MariaDB") {
+            "MariaDB"
+        } else {
+            "MySQL"
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -61,6 +87,25 @@ impl Machine {
                 format!(
                     "{}, fsync={}, synchronous_commit={}, shared_buffers={}",
                     postgres.version, postgres.fsync, postgres.synchronous_commit, postgres.shared_buffers
+                ),
+            ));
+        }
+        if let Some(mysql) = &self.mysql {
+            let Mysql {
+                version,
+                flush_log_at_trx_commit,
+                log_bin,
+                sync_binlog,
+                doublewrite,
+                buffer_pool,
+                performance_schema,
+            } = mysql;
+            lines.push((
+                mysql.product(),
+                format!(
+                    "{version}, innodb_flush_log_at_trx_commit={flush_log_at_trx_commit}, log_bin={log_bin}, \
+                     sync_binlog={sync_binlog}, innodb_doublewrite={doublewrite}, \
+                     innodb_buffer_pool_size={buffer_pool}, performance_schema={performance_schema}"
                 ),
             ));
         }

@@ -7,8 +7,9 @@ use outbox::RelayConfig;
 
 use crate::kafka::Topic;
 use crate::ledger::{Flow, Ledger};
-use crate::place::{Place, QUEUE, Server};
+use crate::place::{Place, Server};
 use crate::process::{System, Task, Usage, Worker, of_machine, of_server};
+use crate::queue::QUEUE;
 use crate::results::{Finding, Outcome};
 
 /// So long nothing arrives before a measurement is given up.

@@ -28,9 +28,7 @@ pub(crate) async fn run() -> Outcome<()> {
             word.begins().await?;
             relay.run(word.ends()).await?;
         }
-        System::Batched(rows) => baseline::batched(&task, rows, word).await?,
-        System::Locked(rows) => baseline::locked(&task, rows, word).await?,
-        System::Naive(rows) => baseline::naive(&task, rows, word).await?,
+        System::Batched(_) | System::Locked(_) | System::Naive(_) => baseline::run(&task, word).await?,
     }
     println!("{}", serde_json::to_string(&Usage::of("self")?)?);
     Ok(())

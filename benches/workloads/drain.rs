@@ -13,7 +13,7 @@ const NAIVE: i64 = 100;
 
 pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
     let systems = match bench.server.store {
-        Store::Postgres => vec![
+        Store::Postgres | Store::Mysql | Store::Mariadb => vec![
             System::Outbox,
             System::Batched(tune(bench, System::Batched).await?),
             System::Locked(tune(bench, System::Locked).await?),

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use outbox::postgres::sqlx::{Connection, raw_sql};
 use outbox::{
     FetchRequest, Fetched, Hold, HoldChange, HoldScope, HoldState, LeaseRequest, Membership, RelayId,
     Settlement, ShardSettlement,
@@ -16,7 +15,6 @@ use outbox::{
 use tokio::task::JoinHandle;
 
 use crate::ledger::Flow;
-use crate::place::Store;
 use crate::process::System;
 use crate::results::Outcome;
 use crate::stage::{Bench, Stage, Subject, say};
@@ -55,7 +53,7 @@ impl Case {
 }
 
 pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
-    let cases: &[Case] = if bench.server.store == Store::Postgres {
+    let cases: &[Case] = if bench.server.store.is_server() {
         &[Case::Undisturbed, Case::Snapshot, Case::Writer, Case::Key]
     } else {
         &[Case::Undisturbed, Case::Key]
@@ -96,21 +94,7 @@ async fn measure(bench: &mut Bench, case: Case) -> Outcome<Option<f64>> {
     let mut stage = Stage::new(bench, flow, System::Outbox).await?;
     let mut other = None;
     match case {
-        Case::Writer => {
-            let mut connection = stage.place.pool()?.acquire().await?.detach();
-            raw_sql("BEGIN").execute(&mut connection).await?;
-            let text = format!(
-                "INSERT INTO {} (topic, key, payload) VALUES ($1, $2, $3)",
-                stage.place.spec.table("outbox")
-            );
-            outbox::postgres::sqlx::query(outbox::postgres::sqlx::AssertSqlSafe(text))
-                .bind(&stage.topic.name)
-                .bind(flow.key(0).to_string().into_bytes())
-                .bind(flow.payload(0))
-                .execute(&mut connection)
-                .await?;
-            other = Some(connection);
-        }
+        Case::Writer => other = Some(stage.place.writer(&stage.topic.name, flow, 0).await?),
         Case::Key => {
             stage.fill(0..apart).await?;
             park_the_head(&stage).await?;
@@ -120,11 +104,7 @@ async fn measure(bench: &mut Bench, case: Case) -> Outcome<Option<f64>> {
     stage.fill(apart..apart + messages).await?;
     stage.place.calm().await?;
     if case == Case::Snapshot {
-        let mut connection = stage.place.pool()?.acquire().await?.detach();
-        raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT count(*) FROM pg_class")
-            .execute(&mut connection)
-            .await?;
-        other = Some(connection);
+        other = Some(stage.place.snapshot().await?);
     }
 
     let mut worker = stage.worker(bench, System::Outbox).await?;
@@ -134,9 +114,8 @@ async fn measure(bench: &mut Bench, case: Case) -> Outcome<Option<f64>> {
     let end = Some(from.at + time);
     let to = stage.until(messages / 20 * 19, end, &mut worker).await?;
     let next = trickle.stop().await?;
-    if let Some(mut connection) = other {
-        raw_sql("COMMIT").execute(&mut connection).await?;
-        connection.close().await?;
+    if let Some(held) = other {
+        held.end().await?;
     }
     // Behind a blocked key nothing comes; what the writer committed comes as well.
     let (first, left) = match case {

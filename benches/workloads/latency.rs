@@ -13,7 +13,6 @@ use outbox::kafka::rdkafka::message::Message;
 use tokio::task::JoinSet;
 
 use crate::ledger::Flow;
-use crate::place::Store;
 use crate::process::{Busy, System};
 use crate::results::{Outcome, figure};
 use crate::stage::{Bench, Stage, Subject, count, say};
@@ -32,7 +31,7 @@ const KEPT: f64 = 0.98;
 
 pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
     let mut cases: Vec<(System, u32)> = RATES.iter().map(|rate| (System::Outbox, *rate)).collect();
-    if bench.server.store == Store::Postgres {
+    if bench.server.store.is_server() {
         cases.insert(1, (BASELINE, RATES[0]));
     }
     // The broker compiles its code for many small requests while this runs.
@@ -215,18 +214,13 @@ fn consume(consumer: &BaseConsumer, watch: &Watch) -> Outcome<()> {
 async fn produce(stage: &Stage, system: System, rate: u32, watch: &Arc<Watch>) -> Outcome<Duration> {
     let next = Arc::new(AtomicU64::new(0));
     let mut producers = JoinSet::new();
-    let connections = if stage.place.pool().is_ok() {
-        CONNECTIONS
-    } else {
-        1
-    };
     let table = if system == System::Outbox {
         "outbox"
     } else {
-        crate::place::QUEUE
+        crate::queue::QUEUE
     };
     let mut ready = Vec::new();
-    for _ in 0..connections {
+    for _ in 0..stage.place.producers(CONNECTIONS) {
         ready.push(stage.place.producer(table, &stage.topic.name, FLOW).await?);
     }
     let start = tokio::time::Instant::now();

@@ -77,13 +77,8 @@ async fn measure(bench: &mut Bench, relay: bool) -> Outcome<Option<f64>> {
 /// Commits for a while; says how many messages, and how long it took.
 async fn produce(stage: &Stage, time: Duration) -> Outcome<(u64, Duration)> {
     let next = Arc::new(AtomicU64::new(0));
-    let connections = if stage.place.pool().is_ok() {
-        CONNECTIONS
-    } else {
-        1
-    };
     let mut ready = Vec::new();
-    for _ in 0..connections {
+    for _ in 0..stage.place.producers(CONNECTIONS) {
         ready.push(stage.place.producer("outbox", &stage.topic.name, FLOW).await?);
     }
     let start = Instant::now();
