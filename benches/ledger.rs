@@ -84,6 +84,7 @@ impl Ledger {
         let Some((number, key)) = number
             .zip(key)
             .filter(|(number, key)| self.flow.key(*number) == *key)
+            .filter(|_| payload.is_some_and(|payload| payload.len() == self.flow.size))
         else {
             self.strangers += 1;
             return;

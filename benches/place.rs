@@ -69,8 +69,8 @@ impl Pool {
     async fn run(&self, text: String) -> Outcome<()> {
         let text = raw_sql(AssertSqlSafe(text));
         match self {
-            Self::Postgres(pool) => drop(text.execute(pool).await?),
-            Self::Mysql(pool) => drop(text.execute(pool).await?),
+            Self::Postgres(pool) => text.execute(pool).await.map(drop)?,
+            Self::Mysql(pool) => text.execute(pool).await.map(drop)?,
         }
         Ok(())
     }
@@ -529,8 +529,8 @@ impl Link {
     /// Runs text of our own.
     async fn run(&mut self, text: &'static str) -> Outcome<()> {
         match self {
-            Self::Postgres(connection) => drop(raw_sql(text).execute(connection).await?),
-            Self::Mysql(connection) => drop(raw_sql(text).execute(connection).await?),
+            Self::Postgres(connection) => raw_sql(text).execute(connection).await.map(drop)?,
+            Self::Mysql(connection) => raw_sql(text).execute(connection).await.map(drop)?,
             Self::Sqlite(connection) => connection.execute_batch(text)?,
         }
         Ok(())

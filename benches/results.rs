@@ -183,7 +183,7 @@ pub(crate) struct Results {
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Entry {
-    Machine { machine: Machine },
+    Machine { machine: Box<Machine> },
     Finding(Finding),
 }
 
@@ -192,7 +192,7 @@ impl Results {
         let mut results = Self::default();
         for entry in serde_json::from_str::<Vec<Entry>>(text)? {
             match entry {
-                Entry::Machine { machine } => results.machines.push(machine),
+                Entry::Machine { machine } => results.machines.push(*machine),
                 Entry::Finding(finding) => results.findings.push(finding),
             }
         }
@@ -207,7 +207,7 @@ impl Results {
     /// One entry a line, so that a new run is a diff that can be read.
     pub(crate) fn write(&self, path: &Path) -> Outcome<()> {
         let machines = self.machines.iter().map(|machine| Entry::Machine {
-            machine: machine.clone(),
+            machine: Box::new(machine.clone()),
         });
         let findings = self.findings.iter().cloned().map(Entry::Finding);
         let lines: Vec<String> = machines

@@ -14,7 +14,7 @@ mod results;
 use std::path::Path;
 
 use ledger::{Flow, Ledger};
-use results::{Finding, Machine, Results, figure};
+use results::{Finding, Machine, Mysql, Results, figure};
 
 #[test]
 fn the_report_is_made_of_what_was_measured() {
@@ -72,6 +72,62 @@ fn targets_are_met_or_missed_by_so_much() {
         "not measured",
     ] {
         assert!(text.contains(line), "{line}:\n{text}");
+    }
+}
+
+#[test]
+fn each_store_has_a_section_with_its_own_targets() {
+    let of_store = |store: &str, metric, median| Finding {
+        store: store.into(),
+        ..finding(metric, median)
+    };
+    let results = Results {
+        machines: vec![Machine::default()],
+        findings: vec![
+            of_store("mariadb", "rate, in rates of batched", 1.5),
+            of_store("postgres", "rate, in rates of batched", 6.0),
+            of_store("mysql", "rate, in rates of batched", 2.5),
+        ],
+    };
+    let text = report::text(&results);
+    let sections: Vec<&str> = text.split("\n## ").skip(2).collect();
+    for (section, title, line) in [
+        (sections[0], "PostgreSQL", "| ≥ 5 × | 6.00 × | met, 20.0% above |"),
+        (sections[1], "MySQL", "| ≥ 2 × | 2.50 × | met, 25.0% above |"),
+        (
+            sections[2],
+            "MariaDB",
+            "| ≥ 2 × | 1.50 × | **missed**, 25.0% below |",
+        ),
+    ] {
+        assert!(section.starts_with(title), "{section}");
+        assert!(section.contains(line), "{line}:\n{section}");
+        assert!(section.contains(&format!("### {title}: drain")), "{section}");
+    }
+    // Of a store that was not measured nothing is said.
+    assert!(sections[3].starts_with("Machines"), "{text}");
+}
+
+#[test]
+fn a_machine_tells_what_its_database_is() {
+    let mut machine = Machine::default();
+    let before = serde_json::to_string(&machine).unwrap();
+    assert!(
+        !before.contains("mysql"),
+        "what is recorded stays as it is: {before}"
+    );
+    for (version, product) in [("9.7.4", "MySQL"), ("10.11.19-MariaDB-log", "MariaDB")] {
+        machine.mysql = Some(Mysql {
+            version: version.into(),
+            sync_binlog: "1".into(),
+            ..Mysql::default()
+        });
+        let lines = machine.lines();
+        let (_, told) = lines.iter().find(|(name, _)| *name == product).unwrap();
+        assert!(
+            told.starts_with(version) && told.contains("sync_binlog=1"),
+            "{told}"
+        );
     }
 }
 
@@ -146,9 +202,10 @@ fn the_ledger_sees_losses_duplicates_and_inversions() {
     }
     let mut ledger = Ledger::new(Flow::new(20, 2), 0);
     ledger.arrive(Some(b"1"), Some(&Flow::new(20, 2).payload(0)));
+    ledger.arrive(Some(b"0"), Some(&Flow::new(21, 2).payload(0)));
     assert!(
-        ledger.verdict(None).unwrap_err().ends_with("1 unknown"),
-        "a message with another's key"
+        ledger.verdict(None).unwrap_err().ends_with("2 unknown"),
+        "a message with another's key, and one of another size"
     );
 }
 
