@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 
 use outbox::MessageId;
-use outbox::postgres::sqlx::mysql::{MySqlConnection, MySqlRow};
+use outbox::postgres::sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use outbox::postgres::sqlx::postgres::{PgConnection, PgRow};
-use outbox::postgres::sqlx::{AssertSqlSafe, Connection, Row, query, raw_sql};
+use outbox::postgres::sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, query, raw_sql};
 
 use crate::place::Spec;
 use crate::results::Outcome;
@@ -174,7 +174,9 @@ impl Queue for MysqlQueue {
             return Err("this needs MySQL or MariaDB".into());
         };
         let table = spec.table(QUEUE);
-        let mut connection = MySqlConnection::connect(url).await?;
+        // Statements with thousands of places are nothing to read.
+        let options: MySqlConnectOptions = url.parse()?;
+        let mut connection = options.disable_statement_logging().connect().await?;
         raw_sql("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
             .execute(&mut connection)
             .await?;
