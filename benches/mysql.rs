@@ -127,22 +127,26 @@ async fn until_purged(pool: &MySqlPool) -> Outcome<()> {
     }
 }
 
-/// Drops all databases of a run, whoever is still in one.
+/// Drops a run's database and all whose names begin with its name and an underscore, whoever is still in one.
 pub(crate) async fn drop_all(pool: &MySqlPool, run: &str) -> Outcome<()> {
-    let there = query("SELECT id FROM information_schema.processlist WHERE LEFT(db, CHAR_LENGTH(?)) = ?");
-    for row in there.bind(run).bind(run).fetch_all(pool).await? {
-        let id: u64 = row.try_get_unchecked(0)?;
-        // Who has gone by now is gone.
-        let _ = raw_sql(AssertSqlSafe(format!("KILL {id}"))).execute(pool).await;
+    let others = format!("{run}_");
+    let ours = |name: &str| name == run || name.starts_with(&others);
+    let sessions = query("SELECT id, db FROM information_schema.processlist WHERE db IS NOT NULL");
+    for row in sessions.fetch_all(pool).await? {
+        // Signed in one server and unsigned in the other.
+        let (id, database): (u64, String) = (row.try_get_unchecked(0)?, row.try_get(1)?);
+        if ours(&database) {
+            // Who has gone by now is gone.
+            let _ = raw_sql(AssertSqlSafe(format!("KILL {id}"))).execute(pool).await;
+        }
     }
-    let names = query(
-        "SELECT schema_name FROM information_schema.schemata WHERE LEFT(schema_name, CHAR_LENGTH(?)) = ?",
-    );
-    for row in names.bind(run).bind(run).fetch_all(pool).await? {
+    let databases = query("SELECT schema_name FROM information_schema.schemata");
+    for row in databases.fetch_all(pool).await? {
         let name: String = row.try_get(0)?;
-        raw_sql(AssertSqlSafe(format!("DROP DATABASE `{name}`")))
-            .execute(pool)
-            .await?;
+        if ours(&name) {
+            let text = format!("DROP DATABASE `{name}`");
+            raw_sql(AssertSqlSafe(text)).execute(pool).await?;
+        }
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use crate::stage::Bench;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Workload {
-    /// How fast a backlog is drained, beside two baselines.
+    /// How fast a backlog is drained, beside the baselines.
     Drain,
     /// From commit to consume, at fixed rates.
     Latency,
