@@ -12,30 +12,24 @@ mod common;
 mod proxy;
 #[path = "common/server.rs"]
 mod server;
+#[path = "../../tests/trouble/mod.rs"]
+mod trouble;
 
 use std::collections::BTreeMap;
-use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use common::{Place, delivered, message, request, unique, until, url};
 use outbox_core::{
-    DeadLetterQuery, Death, ErrorKind, Hold, HoldChange, HoldScope, HoldState, LeaseRequest, Membership,
-    MemorySink, Message, MessageId, Ordering, OutboxStore, OwnedShard, Record, Relay, RelayConfig, RelayId,
-    Settlement,
+    DeadLetterQuery, Death, ErrorKind, HoldChange, Membership, MemorySink, Message, MessageId, Ordering,
+    OutboxStore, OwnedShard, Record, Relay, RelayConfig, RelayId, Settlement,
 };
 use outbox_postgres::sqlx::postgres::{PgPool, PgPoolOptions};
 use outbox_postgres::sqlx::{self, AssertSqlSafe, Executor};
 use outbox_postgres::{PostgresConfig, PostgresStore, begin, migrate};
 use proxy::Proxy;
 use server::Server;
-
-/// `host:port` of a URL.
-fn address(url: &str) -> &str {
-    url.split_once('@').unwrap().1.split_once('/').unwrap().0
-}
+use trouble::{EACH, KEYS, address, asking_again, assert_in_order, dropped_after, hold, lease_request};
 
 /// The administrator through a proxy, which has to see what is said, under a name by which the sessions are found.
 fn through(proxy: &Proxy, name: &str) -> String {
@@ -56,34 +50,6 @@ async fn behind_proxy(adjust: impl FnOnce(&mut PostgresConfig)) -> (Proxy, Place
     })
     .await;
     (proxy, place, name)
-}
-
-fn lease_request(relay: &str) -> LeaseRequest {
-    LeaseRequest {
-        relay: RelayId::new(relay),
-        want: 64,
-        ttl: Duration::from_secs(60),
-    }
-}
-
-/// Polls a future so often, lets a little time pass, and drops it where it stands.
-async fn dropped_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
-    let mut left = polls;
-    let output = poll_fn(|context| {
-        left = left.saturating_sub(1);
-        match future.as_mut().poll(context) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await;
-    if output.is_none() {
-        // The answer may be on its way, or here and unread.
-        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..80))).await;
-    }
-    output
 }
 
 /// How many sessions of this name are in a transaction, or at work.
@@ -260,17 +226,6 @@ async fn dropped_futures_leave_nothing_half_done() {
         place.store.stats().await.unwrap().parked,
         u64::try_from(place.number("SELECT count(*) FROM {_hold} WHERE parked").await).unwrap()
     );
-}
-
-fn hold(record: &Record) -> Hold {
-    Hold {
-        shard: record.shard,
-        scope: HoldScope::Key(record.message.order_key().unwrap()),
-        head: record.reference(),
-        attempts: 1,
-        state: HoldState::Parked,
-        reason: "no".into(),
-    }
 }
 
 /// One operation; the message of which it says that something was done to it.
@@ -587,22 +542,6 @@ async fn a_statement_that_waits_for_a_lock_ends_in_time() {
     assert_eq!(place.number("SELECT count(*) FROM {}").await, 0);
 }
 
-/// The next number of each key must come first; what comes again was sent before.
-fn assert_in_order(delivered: &[Record], keys: usize, each: usize) {
-    let mut next: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
-    for record in delivered {
-        let key = record.message.key().unwrap().to_vec();
-        let text = String::from_utf8(record.message.payload().unwrap().to_vec()).unwrap();
-        let (number, expected) = (text.parse::<usize>().unwrap(), next.entry(key).or_default());
-        assert!(number <= *expected, "{number} before {expected}");
-        *expected = (*expected).max(number + 1);
-    }
-    assert_eq!(next.into_values().collect::<Vec<_>>(), vec![each; keys]);
-}
-
-const KEYS: usize = 10;
-const EACH: usize = 100;
-
 /// A producer that repeats what failed, or may have: the number is the key's next one in a table of its own.
 async fn produce(place: Arc<Place>, key: usize) {
     let mut number = 0;
@@ -653,11 +592,7 @@ async fn a_relay_goes_on_by_itself_after_crashes_of_the_server() {
     let sink = MemorySink::new();
     let relay = Relay::new(Arc::new(place.store.clone()), Box::new(sink.clone())).with_config(RelayConfig {
         lease: Duration::from_secs(2),
-        outage_retry: outbox_core::Backoff {
-            max: Duration::from_millis(500),
-            ..RelayConfig::default().outage_retry
-        },
-        ..RelayConfig::default()
+        ..asking_again(Duration::from_millis(500))
     });
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(relay.run(async { drop(stopped.await) }));
@@ -746,13 +681,8 @@ async fn a_network_that_cuts_is_survived_by_a_relay() {
     })
     .await;
     let sink = MemorySink::new();
-    let relay = Relay::new(Arc::new(place.store.clone()), Box::new(sink.clone())).with_config(RelayConfig {
-        outage_retry: outbox_core::Backoff {
-            max: Duration::from_millis(200),
-            ..RelayConfig::default().outage_retry
-        },
-        ..RelayConfig::default()
-    });
+    let relay = Relay::new(Arc::new(place.store.clone()), Box::new(sink.clone()))
+        .with_config(asking_again(Duration::from_millis(200)));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(relay.run(async { drop(stopped.await) }));
     for number in 0..EACH {

@@ -41,8 +41,27 @@ struct Weather {
     next: u64,
     /// The connection whose client sends these bytes is cut once the server has them.
     cut_after: Option<Arc<[u8]>>,
-    /// How often that has happened.
+    /// How much more passes in all before a connection is cut: of what clients send, and of what servers answer.
+    left: [Option<Left>; 2],
+    /// How often a connection was cut by one of these.
     cuts: u64,
+    /// How many bytes servers have answered.
+    answered: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Left {
+    /// So many chunks, the last of which still arrives.
+    Chunks(usize),
+    /// So many chunks, the last of which does not.
+    ButOne(usize),
+    Bytes(usize),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    There,
+    Back,
 }
 
 impl Proxy {
@@ -58,7 +77,9 @@ impl Proxy {
             lost_below: 0,
             next: 0,
             cut_after: None,
+            left: [None; 2],
             cuts: 0,
+            answered: 0,
         });
         let changes = weather.clone();
         let accepting = tokio::spawn(async move {
@@ -113,7 +134,37 @@ impl Proxy {
             .send_modify(|weather| weather.cut_after = Some(bytes.into()));
     }
 
-    /// How often a connection was cut by [`cut_after`](Self::cut_after).
+    /// Cuts, once, the connection whose client sends the `number`-th piece from now on, which the server gets or not.
+    pub(crate) fn cut_at(&self, number: usize, arrives: bool) {
+        let left = if arrives {
+            Left::Chunks(number)
+        } else {
+            Left::ButOne(number)
+        };
+        self.weather
+            .send_modify(|weather| weather.left = [Some(left), None]);
+    }
+
+    /// Cuts, once, the connection on which an answer goes on beyond so many bytes from now on.
+    pub(crate) fn cut_back_after(&self, bytes: usize) {
+        self.weather
+            .send_modify(|weather| weather.left = [None, Some(Left::Bytes(bytes))]);
+    }
+
+    /// Cuts nothing any more that was not cut yet.
+    pub(crate) fn disarm(&self) {
+        self.weather.send_modify(|weather| {
+            weather.cut_after = None;
+            weather.left = [None; 2];
+        });
+    }
+
+    /// How many bytes servers have answered.
+    pub(crate) fn answered(&self) -> usize {
+        self.weather.borrow().answered
+    }
+
+    /// How often a connection was cut at such a place.
     pub(crate) fn cuts(&self) -> u64 {
         self.weather.borrow().cuts
     }
@@ -145,14 +196,23 @@ async fn connection(client: TcpStream, weather: watch::Sender<Weather>) {
     let mut changes = weather.subscribe();
     let hushed = AtomicBool::new(false);
     let there = pump(
+        Direction::There,
         number,
         client_reads,
         server_writes,
-        weather.clone(),
+        &weather,
         &hushed,
-        Some(strike),
+        &strike,
     );
-    let back = pump(number, server_reads, client_writes, weather, &hushed, None);
+    let back = pump(
+        Direction::Back,
+        number,
+        server_reads,
+        client_writes,
+        &weather,
+        &hushed,
+        &strike,
+    );
     tokio::select! {
         () = async { tokio::join!(there, back); } => return,
         _ = changes.wait_for(|weather| weather.cut_below > number) => return,
@@ -166,13 +226,14 @@ async fn connection(client: TcpStream, weather: watch::Sender<Weather>) {
 
 /// One direction, until its end.
 async fn pump(
+    direction: Direction,
     number: u64,
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
-    weather: watch::Sender<Weather>,
+    weather: &watch::Sender<Weather>,
     // Set before the server gets what it will answer to: the client does not hear of it.
     hushed: &AtomicBool,
-    strike: Option<watch::Sender<bool>>,
+    strike: &watch::Sender<bool>,
 ) {
     let (chunks, mut due) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
     let mut changes = weather.subscribe();
@@ -191,15 +252,14 @@ async fn pump(
             if changes.wait_for(passes).await.is_err() {
                 return;
             }
-            match &strike {
-                Some(strike) if strikes(&weather, &chunk) => {
-                    hushed.store(true, Ordering::SeqCst);
-                    let _ = to.write_all(&chunk).await;
-                    let _ = strike.send(true);
-                    return;
-                }
-                None if hushed.load(Ordering::SeqCst) => return,
-                _ => {}
+            if direction == Direction::Back && hushed.load(Ordering::SeqCst) {
+                return;
+            }
+            if let Some(arrives) = strikes(weather, direction, &chunk) {
+                hushed.store(true, Ordering::SeqCst);
+                let _ = to.write_all(&chunk[..arrives]).await;
+                let _ = strike.send(true);
+                return;
             }
             if to.write_all(&chunk).await.is_err() {
                 return;
@@ -210,17 +270,34 @@ async fn pump(
     tokio::join!(read, write);
 }
 
-/// Whether this chunk is the one to cut after; there is only one.
-fn strikes(weather: &watch::Sender<Weather>, chunk: &[u8]) -> bool {
+/// Whether the connection is cut at this chunk, and how much of it arrives; there is only one.
+fn strikes(weather: &watch::Sender<Weather>, direction: Direction, chunk: &[u8]) -> Option<usize> {
+    let mut arrives = None;
     weather.send_if_modified(|weather| {
-        let found = weather
+        if direction == Direction::Back {
+            weather.answered += chunk.len();
+        } else if weather
             .cut_after
             .as_ref()
-            .is_some_and(|wanted| chunk.windows(wanted.len()).any(|part| part == &wanted[..]));
-        if found {
+            .is_some_and(|wanted| chunk.windows(wanted.len()).any(|part| part == &wanted[..]))
+        {
             weather.cut_after = None;
+            arrives = Some(chunk.len());
+        }
+        let left = &mut weather.left[direction as usize];
+        match left {
+            Some(Left::Chunks(1)) => arrives = Some(chunk.len()),
+            Some(Left::ButOne(1)) => arrives = Some(0),
+            Some(Left::Bytes(bytes)) if *bytes < chunk.len() => arrives = Some(*bytes),
+            Some(Left::Chunks(chunks) | Left::ButOne(chunks)) => *chunks -= 1,
+            Some(Left::Bytes(bytes)) => *bytes -= chunk.len(),
+            None => {}
+        }
+        if arrives.is_some() {
+            weather.left = [None; 2];
             weather.cuts += 1;
         }
-        found
-    })
+        arrives.is_some()
+    });
+    arrives
 }
