@@ -311,9 +311,10 @@ impl Sql {
         )
     }
 
-    /// Begins a transaction and locks the leases of these shards against a take-over, in one order. The answer at
-    /// [`FENCED`] are those that the relay holds, once they are locked: it may have waited beyond their end. A statement
-    /// that joins [`fence`](Self::fence) touches only these.
+    /// Begins a transaction and locks the leases of these shards, in one order: against a take-over, and against the same
+    /// settlement, repeated while the server still runs the first. The answer at [`FENCED`] are those that the relay
+    /// holds, once they are locked: it may have waited beyond their end. A statement that joins [`fence`](Self::fence)
+    /// touches only these.
     fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
         let rows = shards(owned);
         let named =
@@ -324,7 +325,7 @@ impl Sql {
              SET @outbox_now = {NOW}; \
              SELECT l.shard FROM {named} {}",
             self.lease,
-            locking("SHARE", "LOCK IN SHARE MODE", "l"),
+            locking("UPDATE", "FOR UPDATE", "l"),
             self.fence(relay)
         )
     }
