@@ -7,7 +7,7 @@
 //! a relay that is stopped in the middle keeps no lock. And it is one round trip.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use outbox_core::{ErrorKind, Lender, Lent, Result, within};
@@ -22,7 +22,8 @@ use crate::sql::safe;
 const GRACE: Duration = Duration::from_secs(2);
 
 /// How often a script is run again that lost a lock to another session. To repeat one is always safe: it is a
-/// transaction, which was rolled back, or its statements are such that the second time they change nothing.
+/// transaction, which was rolled back, or its statements are such that the second time they change nothing. Not once it
+/// has waited for as long as a statement may take.
 const REPEATS: u32 = 5;
 
 /// How connections are opened, and for how long a call may take.
@@ -30,6 +31,7 @@ const REPEATS: u32 = 5;
 pub(crate) struct Opening {
     options: MySqlConnectOptions,
     settings: String,
+    statement: Duration,
     limit: Duration,
     connect_timeout: Duration,
 }
@@ -50,6 +52,7 @@ impl Opening {
                  /*!80000 , max_execution_time = {millis} */ /*M! , max_statement_time = {seconds} */",
                 limit.as_secs().max(1),
             ),
+            statement: limit,
             limit: limit.saturating_add(GRACE),
             connect_timeout: config.connect_timeout,
         })
@@ -153,11 +156,16 @@ impl Sessions {
     /// Runs a script by itself, and again when it lost a lock to another session.
     pub(crate) async fn run(&self, operation: &'static str, script: String) -> Result<Answers> {
         let script = Arc::new(script);
+        let begun = Instant::now();
         let mut repeats = 0;
         loop {
             let mut session = self.open(operation).await?;
             match session.run(Arc::clone(&script)).await {
-                Err(error) if error.kind() == ErrorKind::Conflict && repeats < REPEATS => {
+                Err(error)
+                    if error.kind() == ErrorKind::Conflict
+                        && repeats < REPEATS
+                        && begun.elapsed() < self.opening.statement =>
+                {
                     repeats += 1;
                     drop(session);
                     // Who met once would meet again.
