@@ -74,7 +74,9 @@ impl MysqlOutbox {
     /// still usable. Others as the server gives them: roll back.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the transaction in an unknown state: roll it back.
+    /// Dropping the future leaves the transaction in an unknown state: close the connection. A pool of sqlx 0.9.0 may not:
+    /// it can wait for ever for an answer that was read already, while the transaction keeps what it has locked. Who may
+    /// be cancelled runs the transaction in a task of its own.
     pub async fn enqueue(&self, connection: &mut MySqlConnection, message: &Message) -> Result<()> {
         self.enqueue_many(connection, std::slice::from_ref(message))
             .await

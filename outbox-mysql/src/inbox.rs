@@ -62,7 +62,9 @@ impl MysqlInbox {
     /// again.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the transaction in an unknown state: roll it back.
+    /// Dropping the future leaves the transaction in an unknown state: close the connection. A pool of sqlx 0.9.0 may not:
+    /// it can wait for ever for an answer that was read already, while the transaction keeps what it has locked. Who may
+    /// be cancelled runs the transaction in a task of its own.
     pub async fn receive(
         &self,
         connection: &mut MySqlConnection,
