@@ -67,15 +67,19 @@ impl Server {
 
     /// The same, in another database.
     pub(crate) fn database(self, name: &str) -> String {
-        let url = self.url();
-        let (server, _) = url.rsplit_once('/').unwrap();
-        format!("{server}/{name}")
+        database(&self.url(), name)
     }
 
     /// What else the environment says of it: `_CA`, `_USER`, `_PASSWORD`, `_PID`, `_BIN`.
     pub(crate) fn told(self, suffix: &str) -> String {
         variable(&format!("{}{suffix}", self.name()))
     }
+}
+
+/// A URL with another database.
+fn database(url: &str, name: &str) -> String {
+    let (server, _) = url.rsplit_once('/').unwrap();
+    format!("{server}/{name}")
 }
 
 /// What the environment says of the servers.
@@ -100,6 +104,8 @@ pub(crate) struct Place {
     pub(crate) pool: MySqlPool,
     pub(crate) relay: RelayId,
     pub(crate) database: String,
+    /// Where its administrator is served, without proxy.
+    pub(crate) direct: String,
 }
 
 impl Place {
@@ -108,11 +114,20 @@ impl Place {
     }
 
     pub(crate) async fn with(server: Server, adjust: impl FnOnce(&mut MysqlConfig)) -> Self {
-        let database = unique("t");
-        let mut connection = MySqlConnection::connect(&server.url()).await.unwrap();
-        let made = format!("CREATE DATABASE `{database}`");
+        Self::at(server, &server.url(), adjust).await
+    }
+
+    /// The same on another server of this kind.
+    pub(crate) async fn at(
+        server: Server,
+        administrator: &str,
+        adjust: impl FnOnce(&mut MysqlConfig),
+    ) -> Self {
+        let name = unique("t");
+        let mut connection = MySqlConnection::connect(administrator).await.unwrap();
+        let made = format!("CREATE DATABASE `{name}`");
         connection.execute(AssertSqlSafe(made)).await.unwrap();
-        let url = server.database(&database);
+        let url = database(administrator, &name);
         let mut config = MysqlConfig::new(&url);
         adjust(&mut config);
         migrate(&config).await.unwrap();
@@ -127,14 +142,13 @@ impl Place {
                 .unwrap(),
             relay: RelayId::new("relay"),
             config,
-            database,
+            database: name,
+            direct: url,
         }
     }
 
     pub(crate) async fn connect(&self) -> MySqlConnection {
-        MySqlConnection::connect(&self.server.database(&self.database))
-            .await
-            .unwrap()
+        MySqlConnection::connect(&self.direct).await.unwrap()
     }
 
     /// The quoted name of one of the outbox's tables.
@@ -214,7 +228,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let (database, url) = (self.database.clone(), self.server.url());
+        let (database, url) = (self.database.clone(), self.direct.clone());
         // The test's own runtime may be at its end.
         let cleaning = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
