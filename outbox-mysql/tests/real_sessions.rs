@@ -808,13 +808,18 @@ async fn a_silent_network_fails_each_call_in_time(server: Server) {
     let start = Instant::now();
     let asked = request(&owned, 10);
     let lease = lease_request("relay");
-    let (lease, fetch, settle, stats, reader_again) = tokio::join!(
-        place.store.lease(&lease),
-        reader.fetch(&asked),
-        place.store.settle(&settlement),
-        place.store.stats(),
-        place.store.reader(),
-    );
+    let calls = async {
+        tokio::join!(
+            place.store.lease(&lease),
+            reader.fetch(&asked),
+            place.store.settle(&settlement),
+            place.store.stats(),
+            place.store.reader(),
+        )
+    };
+    let (lease, fetch, settle, stats, reader_again) = tokio::time::timeout(Duration::from_secs(20), calls)
+        .await
+        .unwrap();
     for error in [
         lease.unwrap_err(),
         fetch.unwrap_err(),
