@@ -83,6 +83,8 @@ impl OwnServer {
             Server::Mysql => ("mysqld", "--mysqlx=OFF"),
             Server::Mariadb => ("mariadbd", "--character-set-server=utf8mb4"),
         };
+        // Without a binary log InnoDB shows others a commit before it is on the disk: what a relay has sent then may be
+        // gone after a crash.
         let started = self
             .command(program)
             .args([
@@ -90,6 +92,7 @@ impl OwnServer {
                 "--bind-address=127.0.0.1",
                 "--innodb-flush-log-at-trx-commit=1",
             ])
+            .args(["--log-bin=binlog", "--sync-binlog=1", "--server-id=1"])
             .arg(format!("--port={}", self.port))
             .arg(format!("--socket={}", self.data().join("socket").display()))
             .arg(format!("--pid-file={}", self.data().join("pid").display()))
