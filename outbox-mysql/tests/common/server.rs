@@ -45,14 +45,16 @@ impl OwnServer {
             port,
             running: Mutex::new(None),
         };
-        fs::create_dir(server.data()).unwrap();
-        if is_root() {
-            let owned = Command::new("chown")
-                .arg(format!("{USER}:"))
-                .arg(server.data())
-                .status()
-                .unwrap();
-            assert!(owned.success(), "scripts/services start makes the user {USER}");
+        for folder in [server.data(), server.temporary()] {
+            fs::create_dir(&folder).unwrap();
+            if is_root() {
+                let owned = Command::new("chown")
+                    .arg(format!("{USER}:"))
+                    .arg(folder)
+                    .status()
+                    .unwrap();
+                assert!(owned.success(), "scripts/services start makes the user {USER}");
+            }
         }
         let made = match kind {
             Server::Mysql => server
@@ -129,6 +131,11 @@ impl OwnServer {
         self.dir.path().join("data")
     }
 
+    /// Not the system's, where a server that starts deletes what others have there.
+    fn temporary(&self) -> PathBuf {
+        self.dir.path().join("tmp")
+    }
+
     fn running(&self) -> MutexGuard<'_, Option<Child>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -160,6 +167,7 @@ impl OwnServer {
         command
             .arg("--no-defaults")
             .arg(format!("--datadir={}", self.data().display()))
+            .arg(format!("--tmpdir={}", self.temporary().display()))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
