@@ -6,11 +6,10 @@ use sqlx::mysql::MySqlRow;
 use crate::row::{flag, key, message_id, number, shard, span, text};
 use crate::sql::Field;
 
-/// The name of a hold in a list, with its shard's epoch.
-pub(crate) fn named(name: HoldName<'_>, epoch: i64) -> [Field<'_>; 6] {
+/// The name of a hold in a list.
+pub(crate) fn named(name: HoldName<'_>) -> [Field<'_>; 5] {
     [
         Field::Number(i64::from(name.shard.0)),
-        Field::Number(epoch),
         Field::Bytes(name.scope.as_bytes()),
         Field::Bytes(name.topic.as_bytes()),
         Field::Bytes(name.key),
@@ -19,12 +18,11 @@ pub(crate) fn named(name: HoldName<'_>, epoch: i64) -> [Field<'_>; 6] {
 }
 
 /// A hold in a list: its name, then the rest.
-pub(crate) fn whole<'h>(name: HoldName<'h>, hold: &'h Hold, epoch: i64) -> [Field<'h>; 12] {
-    let [shard, epoch, scope, topic, key, message] = named(name, epoch);
+pub(crate) fn whole<'h>(name: HoldName<'h>, hold: &'h Hold) -> [Field<'h>; 11] {
+    let [shard, scope, topic, key, message] = named(name);
     let (parked, due_in) = hold.state.stored();
     [
         shard,
-        epoch,
         scope,
         topic,
         key,

@@ -44,12 +44,14 @@ impl Opening {
             // The text of a script holds keys and reasons, which no log should have.
             options: config.options()?.disable_statement_logging(),
             // Locks are waited for and then seen as they are, whatever the server's default. Values are refused, not
-            // bent. The two servers have their own names for the limit of a statement.
+            // bent. The two servers have their own names for the limit of a statement, and for that of a list of
+            // positions, beyond which they would go through the table.
             settings: format!(
                 "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
                  SET SESSION autocommit = 1, sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', \
                  group_concat_max_len = 1000000, innodb_lock_wait_timeout = {} \
-                 /*!80000 , max_execution_time = {millis} */ /*M! , max_statement_time = {seconds} */",
+                 /*!80000 , max_execution_time = {millis}, range_optimizer_max_mem_size = 0 */ \
+                 /*M! , max_statement_time = {seconds}, in_predicate_conversion_threshold = 0 */",
                 limit.as_secs().max(1),
             ),
             statement: limit,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use outbox_core::cursor::{Look, Plan};
 use outbox_core::{
     DeadLetterQuery, Death, Held, HoldChanges, HoldName, HoldRef, Identifier, OrderKey, Ordering, OwnedShard,
-    RecordRef, Settlement, Shard, ShardSettlement, Subject,
+    RecordRef, Settlement, Shard, Subject,
 };
 use sqlx::mysql::{MySql, MySqlArguments};
 use sqlx::query::Query;
@@ -236,6 +236,14 @@ fn shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
     }))
 }
 
+/// The same as a table of `s` and `e`.
+fn named_shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
+    format!(
+        "JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j",
+        shards(owned)
+    )
+}
+
 /// Leases.
 impl Sql {
     /// Renews the membership and what the relay still holds. The answers: 2, the relays that are over; 3, how many
@@ -316,9 +324,7 @@ impl Sql {
     /// holds, once they are locked: it may have waited beyond their end. A statement that joins [`fence`](Self::fence)
     /// touches only these.
     fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
-        let rows = shards(owned);
-        let named =
-            format!("JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j");
+        let named = named_shards(owned);
         format!(
             "START TRANSACTION; \
              SELECT COUNT(*) FROM {named} STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s {}; \
@@ -346,14 +352,23 @@ pub(crate) const FENCED: usize = 3;
 
 /// Settling.
 impl Sql {
-    /// One transaction. See [`fenced`](Self::fenced) for the answers.
+    /// One transaction, which changes nothing unless all of these shards are held. See [`fenced`](Self::fenced) for the
+    /// answers.
     pub(crate) fn settle(&self, settlement: &Settlement) -> String {
         let relay = settlement.relay.as_str();
-        let owned = settlement.shards.iter().map(|part| OwnedShard {
-            shard: part.shard,
-            epoch: part.epoch,
-        });
-        let mut script = self.fenced(relay, owned);
+        let owned = || {
+            settlement.shards.iter().map(|part| OwnedShard {
+                shard: part.shard,
+                epoch: part.epoch,
+            })
+        };
+        let mut script = format!(
+            "{}; SET @outbox_held = (SELECT COUNT(*) FROM {} {}) = {}",
+            self.fenced(relay, owned()),
+            named_shards(owned()),
+            self.fence(relay),
+            settlement.shards.len()
+        );
         self.delivered(&mut script, settlement);
         self.buried(&mut script, settlement);
         self.holds_changed(&mut script, settlement);
@@ -361,80 +376,62 @@ impl Sql {
         script
     }
 
-    /// Rows of the outbox that `j` names, each looked up by the primary key whatever is known of the table: one that is
-    /// nearly empty would be read whole, and would wait there for the rows of open transactions.
-    fn named(&self) -> String {
+    /// From the outbox, rows that are each looked up by the primary key whatever is known of the table: one that is nearly
+    /// empty would be read whole, and would wait there for the rows of open transactions. One table by itself, because
+    /// MySQL goes through rows twice that it deletes from a join. A row of another message is left alone.
+    fn from_outbox<'r>(&self, records: impl Iterator<Item = &'r RecordRef> + Clone) -> String {
         format!(
-            "STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = j.i AND o.shard = j.s AND o.message_id = UNHEX(j.m)",
-            self.outbox
+            "FROM {} o FORCE INDEX (PRIMARY) WHERE o.id IN ({}) AND o.message_id IN ({}) AND @outbox_held",
+            self.outbox,
+            list(records.clone().map(|record| record.position)),
+            list(records.map(|record| literal(record.id.as_bytes())))
         )
     }
 
     fn delivered(&self, script: &mut String, settlement: &Settlement) {
-        let delivered = settlement
+        let delivered: Vec<&RecordRef> = settlement
             .shards
             .iter()
-            .flat_map(|part| part.delivered.iter().map(move |record| (part, record)));
-        if delivered.clone().next().is_none() {
-            return;
+            .flat_map(|part| &part.delivered)
+            .collect();
+        for records in delivered.chunks(LOOKED_UP) {
+            let from = self.from_outbox(records.iter().copied());
+            if self.archive {
+                let _ = write!(
+                    script,
+                    "; INSERT INTO {} (position, {MESSAGE}, key_seq) SELECT o.id, {OF_O}, o.key_seq {from}",
+                    self.processed
+                );
+            }
+            let _ = write!(script, "; DELETE o {from}");
         }
-        let rows = json(delivered.map(|(part, record)| {
-            let [shard, epoch] = under(part);
-            [
-                shard,
-                epoch,
-                Field::Number(record.position.0),
-                Field::Bytes(record.id.as_bytes()),
-            ]
-        }));
-        let from = format!(
-            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
-             i BIGINT PATH '$[2]', m CHAR(32) PATH '$[3]')) j {} {}",
-            self.fence(settlement.relay.as_str()),
-            self.named()
-        );
-        if self.archive {
-            let _ = write!(
-                script,
-                "; INSERT INTO {} (position, {MESSAGE}, key_seq) SELECT o.id, {OF_O}, o.key_seq {from}",
-                self.processed
-            );
-        }
-        let _ = write!(script, "; DELETE o {from}");
     }
 
     fn buried(&self, script: &mut String, settlement: &Settlement) {
-        let dead = settlement
-            .shards
-            .iter()
-            .flat_map(|part| part.dead.iter().map(move |death| (part, death)));
-        if dead.clone().next().is_none() {
-            return;
+        let dead: Vec<&Death> = settlement.shards.iter().flat_map(|part| &part.dead).collect();
+        for deaths in dead.chunks(LOOKED_UP) {
+            let rows = json(deaths.iter().map(|death: &&Death| {
+                [
+                    Field::Number(death.record.position.0),
+                    Field::Bytes(death.record.id.as_bytes()),
+                    Field::Number(i64::from(death.attempts)),
+                    Field::Bytes(death.reason.as_bytes()),
+                ]
+            }));
+            let from = format!(
+                "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (i BIGINT PATH '$[0]', m CHAR(32) PATH '$[1]', \
+                 a BIGINT PATH '$[2]', r LONGTEXT PATH '$[3]')) j STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) \
+                 ON o.id = j.i AND o.message_id = UNHEX(j.m) WHERE @outbox_held",
+                self.outbox
+            );
+            let _ = write!(
+                script,
+                "; INSERT INTO {} (position, {MESSAGE}, key_seq, attempts, reason) \
+                 SELECT o.id, {OF_O}, o.key_seq, j.a, CONVERT(UNHEX(j.r) USING utf8mb4) {from} \
+                 ON DUPLICATE KEY UPDATE attempts = VALUES(attempts), reason = VALUES(reason); DELETE o {from}",
+                self.dead
+            );
         }
-        let rows = json(dead.map(|(part, death): (&ShardSettlement, &Death)| {
-            let [shard, epoch] = under(part);
-            [
-                shard,
-                epoch,
-                Field::Number(death.record.position.0),
-                Field::Bytes(death.record.id.as_bytes()),
-                Field::Number(i64::from(death.attempts)),
-                Field::Bytes(death.reason.as_bytes()),
-            ]
-        }));
-        let from = format!(
-            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
-             i BIGINT PATH '$[2]', m CHAR(32) PATH '$[3]', a BIGINT PATH '$[4]', r LONGTEXT PATH '$[5]')) j {} {}",
-            self.fence(settlement.relay.as_str()),
-            self.named()
-        );
-        let _ = write!(
-            script,
-            "; INSERT INTO {} (position, {MESSAGE}, key_seq, attempts, reason) \
-             SELECT o.id, {OF_O}, o.key_seq, j.a, CONVERT(UNHEX(j.r) USING utf8mb4) {from} \
-             ON DUPLICATE KEY UPDATE attempts = VALUES(attempts), reason = VALUES(reason); DELETE o {from}",
-            self.dead
-        );
     }
 
     fn holds_changed(&self, script: &mut String, settlement: &Settlement) {
@@ -444,54 +441,40 @@ impl Sql {
                 .iter()
                 .for_each(|change| changes.add(part.shard, change));
         }
-        let epoch = |shard| {
-            let part = settlement.shards.iter().find(|part| part.shard == shard);
-            part.map_or(0, |part| part.epoch.0)
-        };
-        let fence = self.fence(settlement.relay.as_str());
-        let columns = "s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', c VARCHAR(16) PATH '$[2]', t VARCHAR(498) PATH '$[3]', \
-                     k VARCHAR(2048) PATH '$[4]', i BIGINT PATH '$[5]'";
+        let columns = "s SMALLINT PATH '$[0]', c VARCHAR(16) PATH '$[1]', t VARCHAR(498) PATH '$[2]', \
+                       k VARCHAR(2048) PATH '$[3]', i BIGINT PATH '$[4]'";
         let topic = "CONVERT(UNHEX(j.t) USING utf8mb4) COLLATE utf8mb4_bin";
         let scope = "CONVERT(UNHEX(j.c) USING ascii) COLLATE ascii_bin";
         if changes.cleared().next().is_some() {
-            let rows = json(changes.cleared().map(|name| named(name, epoch(name.shard))));
             let _ = write!(
                 script,
-                "; DELETE h FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({columns})) j {fence} \
+                "; DELETE h FROM JSON_TABLE({}, '$[*]' COLUMNS ({columns})) j \
                  STRAIGHT_JOIN {} h FORCE INDEX (PRIMARY) ON h.shard = j.s AND h.scope = {scope} AND h.topic = {topic} \
-                 AND h.`key` = UNHEX(j.k) AND h.message = j.i",
+                 AND h.`key` = UNHEX(j.k) AND h.message = j.i WHERE @outbox_held",
+                json(changes.cleared().map(named)),
                 self.hold
             );
         }
         if changes.put().next().is_some() {
-            let rows = json(
-                changes
-                    .put()
-                    .map(|(name, hold)| whole(name, hold, epoch(name.shard))),
-            );
             let _ = write!(
                 script,
                 "; INSERT INTO {} (shard, scope, topic, `key`, message, head, head_message_id, attempts, parked, due_at, \
                  reason) SELECT j.s, {scope}, {topic}, UNHEX(j.k), j.i, j.head, UNHEX(j.m), j.a, j.p, {}, \
-                 CONVERT(UNHEX(j.r) USING utf8mb4) FROM JSON_TABLE({rows}, '$[*]' COLUMNS ({columns}, \
-                 head BIGINT PATH '$[6]', m CHAR(32) PATH '$[7]', a BIGINT PATH '$[8]', p BIGINT PATH '$[9]', \
-                 d BIGINT PATH '$[10]', r LONGTEXT PATH '$[11]')) j {fence} \
+                 CONVERT(UNHEX(j.r) USING utf8mb4) FROM JSON_TABLE({}, '$[*]' COLUMNS ({columns}, \
+                 head BIGINT PATH '$[5]', m CHAR(32) PATH '$[6]', a BIGINT PATH '$[7]', p BIGINT PATH '$[8]', \
+                 d BIGINT PATH '$[9]', r LONGTEXT PATH '$[10]')) j WHERE @outbox_held \
                  ON DUPLICATE KEY UPDATE head = VALUES(head), head_message_id = VALUES(head_message_id), \
                  attempts = VALUES(attempts), parked = VALUES(parked), due_at = VALUES(due_at), reason = VALUES(reason)",
                 self.hold,
-                ahead("j.d")
+                ahead("j.d"),
+                json(changes.put().map(|(name, hold)| whole(name, hold)))
             );
         }
     }
 }
 
-/// A part's shard and epoch.
-fn under(part: &ShardSettlement) -> [Field<'static>; 2] {
-    [
-        Field::Number(i64::from(part.shard.0)),
-        Field::Number(part.epoch.0),
-    ]
-}
+/// So many rows are looked up by one statement: with many more a server might go through the table instead.
+const LOOKED_UP: usize = 1_000;
 
 /// Holds.
 impl Sql {

@@ -1,5 +1,6 @@
 //! The store: leases, holds, settlements, readers.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,9 +139,17 @@ impl OutboxStore for MysqlStore {
     }
 
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
-        let settled = self.settle.run("settle", self.sql.settle(settlement)).await?;
-        let held = shards(settled.rows(FENCED)).during("settle")?;
-        Ok(Settled::but_for(settlement, &held))
+        let mut settling = Cow::Borrowed(settlement);
+        loop {
+            let settled = self.settle.run("settle", self.sql.settle(&settling)).await?;
+            let held = shards(settled.rows(FENCED)).during("settle")?;
+            // All or nothing was changed. What was lost is not even tried again.
+            let before = settling.shards.len();
+            if held.len() == before || held.is_empty() {
+                return Ok(Settled::but_for(settlement, &held));
+            }
+            settling.to_mut().shards.retain(|part| held.contains(&part.shard));
+        }
     }
 
     async fn stats(&self) -> Result<Stats> {
