@@ -245,7 +245,8 @@ pub struct Capabilities {
     pub content_types: bool,
     /// Whether a message without a payload stays apart from one with an empty payload.
     pub tombstones: bool,
-    /// Whether payloads, keys and header values are kept byte for byte, or must be JSON.
+    /// Whether payloads, keys and header values are kept byte for byte. Otherwise payloads must be JSON and are kept as
+    /// values, whose text may be written anew, and the rest must be text.
     pub any_bytes: bool,
     /// Whether the producer's message ids are stored, or ids are derived from positions.
     pub message_ids: bool,

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use outbox_core::conformance::{StoreHarness, report_store};
+use outbox_core::conformance::{CONTENT, StoreHarness, report_store};
 use outbox_core::{
     Capabilities, DeadLetters, Error, ErrorKind, FetchRequest, Fetched, Hold, Inspection, LeaseRequest,
     Leases, Membership, MemoryConfig, MemoryStore, MemoryTransaction, Message, MessageId, OutboxStore,
@@ -13,16 +13,26 @@ use outbox_core::{
     WakeUp,
 };
 
-/// One topic, no keys, no headers, JSON only, ids made of positions, no power at all: an events table of old.
+/// One topic, no keys or those in the payload, no headers, JSON only, whose text it writes anew, ids made of positions, no
+/// power at all: an events table of old.
 #[derive(Debug)]
-struct PlainStore(MemoryStore);
+struct PlainStore(MemoryStore, Keys);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keys {
+    None,
+    InPayload,
+}
+
+/// The member of the payload that is the key.
+const KEY: &str = "order_id";
 
 #[async_trait]
 impl OutboxStore for PlainStore {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             name: "plain",
-            keys: false,
+            keys: self.1 == Keys::InPayload,
             fixed_topic: Some("events".into()),
             headers: false,
             content_types: false,
@@ -46,7 +56,7 @@ impl OutboxStore for PlainStore {
     }
 
     async fn reader(&self) -> Result<Box<dyn Reader>> {
-        Ok(Box::new(PlainReader(self.0.reader().await?)))
+        Ok(Box::new(PlainReader(self.0.reader().await?, self.1)))
     }
 
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
@@ -94,7 +104,7 @@ impl OutboxStore for PlainStore {
 }
 
 #[derive(Debug)]
-struct PlainReader(Box<dyn Reader>);
+struct PlainReader(Box<dyn Reader>, Keys);
 
 #[async_trait]
 impl Reader for PlainReader {
@@ -104,6 +114,10 @@ impl Reader for PlainReader {
             for record in records {
                 let mut parts = record.message.clone().into_parts();
                 parts.id = derived(record.position);
+                let value: serde_json::Value =
+                    serde_json::from_slice(&parts.payload.unwrap_or_default()).unwrap();
+                parts.key = key(&value, self.1).map(|key| key.to_owned().into());
+                parts.payload = Some(serde_json::to_vec_pretty(&value).unwrap().into());
                 record.message = Message::from_stored(parts);
             }
         }
@@ -118,7 +132,16 @@ fn derived(position: Position) -> MessageId {
     MessageId::from_bytes(bytes)
 }
 
+fn key(payload: &serde_json::Value, keys: Keys) -> Option<&str> {
+    match keys {
+        Keys::None => None,
+        Keys::InPayload => payload.get(KEY)?.as_str(),
+    }
+}
+
 struct Plain(MemoryStore);
+
+struct Keyed(Plain);
 
 #[async_trait]
 impl StoreHarness for Plain {
@@ -134,7 +157,7 @@ impl StoreHarness for Plain {
     }
 
     fn store(&self) -> Arc<dyn OutboxStore> {
-        Arc::new(PlainStore(self.0.clone()))
+        Arc::new(PlainStore(self.0.clone(), Keys::None))
     }
 
     async fn begin(&self) -> MemoryTransaction {
@@ -142,21 +165,7 @@ impl StoreHarness for Plain {
     }
 
     async fn enqueue(&self, tx: &mut MemoryTransaction, messages: &[Message]) -> Result<()> {
-        for message in messages {
-            let json = |payload: &[u8]| serde_json::from_slice::<serde_json::Value>(payload).is_ok();
-            let held = message.topic() == "events"
-                && message.key().is_none()
-                && message.headers().is_empty()
-                && message.content_type().is_none()
-                && message.payload().is_some_and(|payload| json(payload));
-            if !held {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "enqueue",
-                    "an event is JSON and nothing else",
-                ));
-            }
-        }
+        check(messages, Keys::None)?;
         self.0.enqueue_many(tx, messages).await
     }
 
@@ -173,7 +182,70 @@ impl StoreHarness for Plain {
     }
 }
 
+#[async_trait]
+impl StoreHarness for Keyed {
+    type Tx = MemoryTransaction;
+
+    async fn fresh() -> Self {
+        Self(Plain::fresh().await)
+    }
+
+    fn store(&self) -> Arc<dyn OutboxStore> {
+        Arc::new(PlainStore(self.0.0.clone(), Keys::InPayload))
+    }
+
+    async fn begin(&self) -> MemoryTransaction {
+        self.0.begin().await
+    }
+
+    async fn enqueue(&self, tx: &mut MemoryTransaction, messages: &[Message]) -> Result<()> {
+        check(messages, Keys::InPayload)?;
+        self.0.0.enqueue_many(tx, messages).await
+    }
+
+    async fn commit(&self, tx: MemoryTransaction) {
+        tx.commit();
+    }
+
+    async fn rollback(&self, tx: MemoryTransaction) {
+        tx.rollback();
+    }
+
+    fn concurrent_transactions(&self) -> bool {
+        false
+    }
+
+    fn fit(&self, message: Message) -> Message {
+        let mut parts = message.into_parts();
+        if let (Some(key), Some(payload)) = (&parts.key, &parts.payload) {
+            let content: serde_json::Value = serde_json::from_slice(payload).unwrap();
+            let payload = serde_json::json!({ KEY: String::from_utf8_lossy(key), CONTENT: content });
+            parts.payload = Some(payload.to_string().into());
+        }
+        Message::from_stored(parts)
+    }
+}
+
+/// Refuses what an event is not.
+fn check(messages: &[Message], keys: Keys) -> Result<()> {
+    let held = |message: &Message| {
+        let value: serde_json::Value = serde_json::from_slice(message.payload()?).ok()?;
+        let key = key(&value, keys).map(str::as_bytes);
+        let plain = message.headers().is_empty() && message.content_type().is_none();
+        Some(message.topic() == "events" && message.key().map(AsRef::as_ref) == key && plain)
+    };
+    match messages.iter().all(|message| held(message) == Some(true)) {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::Unsupported,
+            "enqueue",
+            "an event is JSON and nothing else",
+        )),
+    }
+}
+
 outbox_core::store_conformance!(Plain, plain, start_paused = true);
+outbox_core::store_conformance!(Keyed, keyed, start_paused = true);
 
 #[tokio::test]
 async fn what_does_not_apply_is_named() {

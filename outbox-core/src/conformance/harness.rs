@@ -20,6 +20,16 @@ use crate::store::OutboxStore;
 /// ```
 pub const TOPICS: [&str; 2] = ["conformance-a", "conformance-b"];
 
+/// Where [`StoreHarness::fit`] puts the suite's payload when it needs the payload for more.
+///
+/// ```
+/// use outbox_core::conformance::CONTENT;
+///
+/// let payload = serde_json::json!({ "order_id": "42", CONTENT: "placed" });
+/// assert_eq!(payload["content"], "placed");
+/// ```
+pub const CONTENT: &str = "content";
+
 /// How the suite gets a store and what a producer does with it.
 ///
 /// # Example
@@ -85,6 +95,31 @@ pub trait StoreHarness: Send + Sync + Sized + 'static {
     /// Whether several transactions can have enqueued messages while all are open. False for a database with one
     /// writer.
     fn concurrent_transactions(&self) -> bool;
+
+    /// A message of the suite's, whose payload is JSON or none, as a producer of this store would write it. As it is, unless
+    /// the table has no column for the key and takes it from the payload: then the payload becomes an object with the
+    /// key in its place and what it was as its member [`CONTENT`]. Nothing but the payload may differ.
+    ///
+    /// ```
+    /// use outbox_core::Message;
+    /// use outbox_core::conformance::CONTENT;
+    /// use serde_json::{Value, json};
+    ///
+    /// fn fit(message: Message) -> Message {
+    ///     let mut parts = message.into_parts();
+    ///     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    ///     let content: Option<Value> = parts.payload.and_then(|payload| serde_json::from_slice(&payload).ok());
+    ///     let payload = json!({ "order_id": parts.key.as_deref().map(text), CONTENT: content });
+    ///     parts.payload = Some(payload.to_string().into());
+    ///     Message::from_stored(parts)
+    /// }
+    /// let message = Message::builder("orders").key("42").payload("\"placed\"").build()?;
+    /// assert_eq!(fit(message).payload().unwrap(), r#"{"content":"placed","order_id":"42"}"#);
+    /// # Ok::<(), outbox_core::Error>(())
+    /// ```
+    fn fit(&self, message: Message) -> Message {
+        message
+    }
 }
 
 /// How the suite gets a sink, looks at its destination and makes it fail.

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::harness::{StoreHarness, TOPICS};
+use bytes::Bytes;
+
+use super::harness::{CONTENT, StoreHarness, TOPICS};
 use crate::fetch::{FetchRequest, Fetched, Held, Record, Reread, RereadScope};
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::lease::{LeaseRequest, Leases, Membership, RelayId};
-use crate::message::{Message, MessageId, OrderKey};
+use crate::message::{Message, MessageBuilder, MessageId, OrderKey};
 use crate::settle::{Death, Settled, Settlement, ShardSettlement};
 use crate::shard::{OwnedShard, Position, Shard, shard_of};
 use crate::store::{Capabilities, OutboxStore, Reader};
@@ -70,10 +72,23 @@ impl<H: StoreHarness> Bench<H> {
 
     pub(super) fn message(&self, topic: usize, key: Option<&str>, text: &str) -> Message {
         let builder = Message::builder(self.topic(topic)).payload(format!("\"{text}\""));
-        match key {
-            Some(key) => builder.key(key.to_owned()).build().unwrap(),
-            None => builder.build().unwrap(),
-        }
+        self.build(match key {
+            Some(key) => builder.key(key.to_owned()),
+            None => builder,
+        })
+    }
+
+    /// A message of JSON as the store's producers write it.
+    pub(super) fn build(&self, builder: MessageBuilder) -> Message {
+        let message = builder.build().unwrap();
+        let fitted = self.harness.fit(message.clone());
+        let mut parts = fitted.clone().into_parts();
+        parts.payload = message.payload().cloned();
+        assert!(
+            Message::from_stored(parts) == message && json(&content(&fitted)) == json(&content(&message)),
+            "fit may change the payload, with what it was as its member {CONTENT:?}, and nothing else: {fitted:?}"
+        );
+        fitted
     }
 
     /// Messages `1` to `count` of a key.
@@ -455,11 +470,24 @@ pub(super) fn retrying(record: &Record, attempts: u32) -> Hold {
 
 /// What a message says.
 pub(super) fn text(message: &Message) -> String {
-    let payload = message.payload().map_or(&b""[..], |payload| payload);
-    String::from_utf8_lossy(payload)
+    String::from_utf8_lossy(&content(message))
         .trim()
         .trim_matches('"')
         .to_owned()
+}
+
+/// The payload, or what a harness had to wrap.
+fn content(message: &Message) -> Bytes {
+    let payload = message.payload().cloned().unwrap_or_default();
+    match json(&payload).as_ref().and_then(|object| object.get(CONTENT)) {
+        Some(content) => content.to_string().into(),
+        None => payload,
+    }
+}
+
+/// The value of a payload; none if it is no JSON.
+pub(super) fn json(payload: &[u8]) -> Option<serde_json::Value> {
+    serde_json::from_slice(payload).ok()
 }
 
 /// What records say, in their order.

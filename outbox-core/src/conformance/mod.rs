@@ -51,7 +51,7 @@ mod scenario;
 pub mod sink;
 pub mod store;
 
-pub use harness::{SinkFault, SinkHarness, StoreHarness, TOPICS};
+pub use harness::{CONTENT, SinkFault, SinkHarness, StoreHarness, TOPICS};
 pub use scenario::{
     Scenario, SinkNeed, StoreNeed, prove_sink, prove_store, report_sink, report_store, sink_scenarios,
     store_scenarios,

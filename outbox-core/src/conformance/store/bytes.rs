@@ -1,7 +1,9 @@
 //! Bytes in, bytes out: whatever a message holds comes back as it was.
 
+use bytes::Bytes;
+
 use super::super::harness::StoreHarness;
-use super::super::kit::{Bench, LONG, of_key, retrying, sorted, text};
+use super::super::kit::{Bench, LONG, json, of_key, retrying, sorted, text};
 use super::dead::{expect_same, rich_messages};
 use crate::fetch::Record;
 use crate::lease::Membership;
@@ -49,7 +51,7 @@ pub async fn messages_survive<H: StoreHarness>() {
     if bench.can.fixed_topic.is_none() {
         let long = "t".repeat(crate::message::MAX_TOPIC_LENGTH);
         for topic in [long.as_str(), "a.b-c_D9", "drop.table.outbox"] {
-            messages.push(build(Message::builder(topic).payload("\"topic\"")));
+            messages.push(bench.build(Message::builder(topic).payload("\"topic\"")));
         }
     }
     survive(&bench, messages).await;
@@ -111,15 +113,15 @@ pub async fn headers_survive<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;
     let start = || Message::builder(bench.topic(0)).payload("\"headers\"");
     let mut messages = vec![
-        build(start()),
-        build(
+        bench.build(start()),
+        bench.build(
             start()
                 .header("b", "1")
                 .header("a", "2")
                 .header("b", "3")
                 .header("B", "4"),
         ),
-        build(
+        bench.build(
             start()
                 .header("empty", "")
                 .header("ü \"'\\;--", "x")
@@ -129,12 +131,12 @@ pub async fn headers_survive<H: StoreHarness>() {
     let many = (0..1_000).fold(start(), |builder, number| {
         builder.header(format!("name-{}", number % 10), format!("{number}"))
     });
-    messages.push(build(many));
+    messages.push(bench.build(many));
     if bench.can.any_bytes {
         let hostile = HOSTILE
             .iter()
             .fold(start(), |builder, bytes| builder.header("hostile", *bytes));
-        messages.push(build(hostile));
+        messages.push(bench.build(hostile));
     }
     survive(&bench, messages).await;
 }
@@ -146,9 +148,9 @@ pub async fn content_type_survives<H: StoreHarness>() {
     survive(
         &bench,
         vec![
-            build(start()),
-            build(start().content_type("application/json; charset=\"utf-8\"")),
-            build(start().content_type("application/vnd.ü+json")),
+            bench.build(start()),
+            bench.build(start().content_type("application/json; charset=\"utf-8\"")),
+            bench.build(start().content_type("application/vnd.ü+json")),
         ],
     )
     .await;
@@ -157,24 +159,27 @@ pub async fn content_type_survives<H: StoreHarness>() {
 /// The largest message and the largest key that the limits allow are kept.
 pub async fn largest_survive<H: StoreHarness>() {
     let bench = Bench::<H>::fresh().await;
-    let mut messages = vec![build(
-        Message::builder(bench.topic(0)).payload(format!("\"{}\"", "x".repeat(998_000))),
-    )];
+    let mut messages =
+        vec![bench.build(Message::builder(bench.topic(0)).payload(format!("\"{}\"", "x".repeat(998_000))))];
     if bench.can.keys {
         let key = "k".repeat(MAX_KEY_BYTES);
-        messages.push(build(
-            Message::builder(bench.topic(0))
-                .payload("\"long key\"")
-                .key(key.clone()),
-        ));
+        messages.push(
+            bench.build(
+                Message::builder(bench.topic(0))
+                    .payload("\"long key\"")
+                    .key(key.clone()),
+            ),
+        );
         // Told apart in its last byte: no prefix stands for a key.
         let mut other = key;
         other.replace_range(MAX_KEY_BYTES - 1.., "l");
-        messages.push(build(
-            Message::builder(bench.topic(0))
-                .payload("\"other key\"")
-                .key(other),
-        ));
+        messages.push(
+            bench.build(
+                Message::builder(bench.topic(0))
+                    .payload("\"other key\"")
+                    .key(other),
+            ),
+        );
     }
     survive(&bench, messages).await;
 }
@@ -285,6 +290,12 @@ async fn survive<H: StoreHarness>(bench: &Bench<H>, messages: Vec<Message>) {
         let mut expected = message.into_parts();
         if !bench.can.message_ids {
             expected.id = record.message.id();
+        }
+        // JSON is kept as a value: its text may have been written anew.
+        let value = |payload: Option<&Bytes>| json(payload?);
+        let found = value(record.message.payload());
+        if !bench.can.any_bytes && found.is_some() && found == value(expected.payload.as_ref()) {
+            expected.payload = record.message.payload().cloned();
         }
         expect_same(&record.message, &Message::from_stored(expected));
         owner.deliver(&[record]).await;

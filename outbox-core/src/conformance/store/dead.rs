@@ -365,7 +365,7 @@ pub(super) fn rich_messages<H: StoreHarness>(bench: &Bench<H>) -> Vec<Message> {
         if bench.can.content_types {
             builder = builder.content_type("application/json");
         }
-        builder.build().unwrap()
+        bench.build(builder)
     };
     let mut messages = vec![
         rich(Some("a"), Some("{\"n\":1}")),
