@@ -359,6 +359,18 @@ on_both! {
         assert_eq!(left, [(3, "pending".into())]);
     }
 
+    /// What the server cannot send in one row waits with its key, and is not sent as something else.
+    async fn what_is_too_large_waits(place: Place) {
+        // The text that MySQL makes of this JSON is longer than the one that it took.
+        let large = "INSERT INTO outbox (payload) \
+                     VALUES (CONCAT('[', REPEAT('-2000000000,', @@max_allowed_packet DIV 12 - 10), '1]'))";
+        place.sql(large).await;
+        place.insert(&json!({ "order_id": 1 })).await;
+        assert_eq!(place.drain(&MemorySink::new()).await, [2]);
+        assert_eq!(place.store.stats().await.unwrap().parked, 1);
+        assert_eq!(place.rows().await, [(1, "pending".into()), (2, "processed".into())]);
+    }
+
     /// Keys are what the payload says, whatever their JSON type, and told apart by every byte.
     async fn keys_are_read_from_the_payload(place: Place) {
         for payload in [

@@ -1,4 +1,5 @@
-//! The classic outbox table, adopted as it stands: a store for a table of your own on MySQL or MariaDB.
+//! The classic outbox table, adopted as it stands: a store for a table of your own, on MySQL 8 or MariaDB 10.6
+//! and newer.
 //!
 //! The table is [`CLASSIC`]; nothing of it changes, and producers go on with their `INSERT`. What the table does not know
 //! stands beside it ([`BESIDE`]): who may send what (leases), which relays are alive, what waits after a failure (holds).
@@ -41,8 +42,8 @@ pub(crate) const TOPIC: &str = "orders";
 /// Names this table among all whose messages reach the same consumers, for good: it is part of every message's id.
 const SOURCE: &str = "shop";
 
-/// Into how many parts relays divide the rows between them. Rows are not told by it: it may change while no relay runs,
-/// once the leases are deleted.
+/// Into how many parts relays divide the rows between them. It may change while no relay runs, once `outbox_lease` and
+/// `outbox_hold` are emptied.
 const SHARDS: u16 = 4;
 
 /// The tables beside yours. Times are milliseconds by the database's clock. Operators may change holds by hand: see
@@ -65,6 +66,10 @@ CREATE TABLE IF NOT EXISTS outbox_hold (
 /// row of the answer is larger than the server sends.
 const KEY: &str = "CAST(IF(JSON_TYPE(JSON_EXTRACT(o.payload, '$.order_id')) = 'NULL', NULL, \
                    LEFT(JSON_UNQUOTE(JSON_EXTRACT(o.payload, '$.order_id')), 1025)) AS BINARY)";
+
+/// The payload; NULL if it is more than the server sends in one row. Of such JSON MySQL would send an empty text instead.
+const PAYLOAD: &str =
+    "IF(LENGTH(o.payload) BETWEEN 1 AND @@max_allowed_packet - 10000, CAST(o.payload AS BINARY), NULL)";
 
 /// The shard: of a key as [`outbox::shard_of`] makes it, of a keyless row by its id.
 fn shard() -> String {
@@ -317,11 +322,11 @@ fn fetch(request: &FetchRequest) -> String {
         those => format!("AND ({what} IS NULL OR {what} NOT IN ({those}))"),
     };
     format!(
-        "SELECT {shard}, o.id, {message_id}, {KEY}, CAST(o.payload AS BINARY), \
+        "SELECT {shard}, o.id, {message_id}, {KEY}, {PAYLOAD}, \
              CAST(UNIX_TIMESTAMP(o.created_at) AS SIGNED) \
-         FROM outbox o WHERE o.status = 'pending' AND {shard} IN ({}) {} {} ORDER BY o.id LIMIT {}",
-        list(request.shards.iter().map(|owned| owned.shard)),
+         FROM outbox o WHERE o.status = 'pending' {} AND {shard} IN ({}) {} ORDER BY o.id LIMIT {}",
         none_of("o.id", list(ids)),
+        list(request.shards.iter().map(|owned| owned.shard)),
         none_of(KEY, list(keys)),
         request.max_rows
     )
@@ -333,16 +338,19 @@ fn read_record(row: &MySqlRow) -> sqlx::Result<Record> {
         id: MessageId::from_bytes(read_id(row, 2)?),
         topic: TOPIC.into(),
         key: row.try_get::<Option<Vec<u8>>, _>(3)?.map(Into::into),
-        payload: Some(row.try_get::<Vec<u8>, _>(4)?.into()),
+        payload: row.try_get::<Option<Vec<u8>>, _>(4)?.map(Into::into),
         headers: Headers::new(),
         content_type: None,
         created_at: created_at.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs())),
         deliver_at: None,
     };
-    // A row that nobody should have written, one with too long a key, is never sent. It waits alone: such a key is none.
-    let defect = parts.check().err().map(|error| error.to_string());
-    if defect.is_some() {
+    // A row with a defect is never sent: it waits for you, and with it its key.
+    let too_large = || "the payload is larger than the server sends: see max_allowed_packet".to_owned();
+    let mut defect = parts.payload.is_none().then(too_large);
+    if let Err(error) = parts.check() {
+        // What is too long is no key, so that the row waits alone.
         parts.key = None;
+        defect = Some(error.to_string());
     }
     Ok(Record {
         shard: read_shard(row, 0)?,
