@@ -222,6 +222,8 @@ impl Place {
         let mut named = settlement();
         named.shards[0].delivered = ids.into_iter().map(record).collect();
         let expected = named.shards[0].delivered.len();
+        let others = (1..64).map(|shard| ShardSettlement::new(Shard(shard), Epoch(1)));
+        named.shards.extend(others);
         let script = self
             .sql
             .settle(&named)

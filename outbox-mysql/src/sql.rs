@@ -378,13 +378,15 @@ impl Sql {
 
     /// From the outbox, rows that are each looked up by the primary key whatever is known of the table: one that is nearly
     /// empty would be read whole, and would wait there for the rows of open transactions. One table by itself, because
-    /// MySQL goes through rows twice that it deletes from a join. A row of another message is left alone.
-    fn from_outbox<'r>(&self, records: impl Iterator<Item = &'r RecordRef> + Clone) -> String {
+    /// MySQL goes through rows twice that it deletes from a join. A row of another message, or of a shard that is none of
+    /// these, is left alone.
+    fn from_outbox(&self, records: &[&RecordRef], shards: &str) -> String {
         format!(
-            "FROM {} o FORCE INDEX (PRIMARY) WHERE o.id IN ({}) AND o.message_id IN ({}) AND @outbox_held",
+            "FROM {} o FORCE INDEX (PRIMARY) WHERE o.id IN ({}) AND o.message_id IN ({}) AND o.shard IN ({shards}) \
+             AND @outbox_held",
             self.outbox,
-            list(records.clone().map(|record| record.position)),
-            list(records.map(|record| literal(record.id.as_bytes())))
+            list(records.iter().map(|record| record.position)),
+            list(records.iter().map(|record| literal(record.id.as_bytes())))
         )
     }
 
@@ -394,8 +396,9 @@ impl Sql {
             .iter()
             .flat_map(|part| &part.delivered)
             .collect();
+        let shards = list(settlement.shards.iter().map(|part| part.shard));
         for records in delivered.chunks(LOOKED_UP) {
-            let from = self.from_outbox(records.iter().copied());
+            let from = self.from_outbox(records, &shards);
             if self.archive {
                 let _ = write!(
                     script,
@@ -408,10 +411,15 @@ impl Sql {
     }
 
     fn buried(&self, script: &mut String, settlement: &Settlement) {
-        let dead: Vec<&Death> = settlement.shards.iter().flat_map(|part| &part.dead).collect();
+        let dead: Vec<(Shard, &Death)> = settlement
+            .shards
+            .iter()
+            .flat_map(|part| part.dead.iter().map(|death| (part.shard, death)))
+            .collect();
         for deaths in dead.chunks(LOOKED_UP) {
-            let rows = json(deaths.iter().map(|death: &&Death| {
+            let rows = json(deaths.iter().map(|(shard, death)| {
                 [
+                    Field::Number(i64::from(shard.0)),
                     Field::Number(death.record.position.0),
                     Field::Bytes(death.record.id.as_bytes()),
                     Field::Number(i64::from(death.attempts)),
@@ -419,9 +427,9 @@ impl Sql {
                 ]
             }));
             let from = format!(
-                "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (i BIGINT PATH '$[0]', m CHAR(32) PATH '$[1]', \
-                 a BIGINT PATH '$[2]', r LONGTEXT PATH '$[3]')) j STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) \
-                 ON o.id = j.i AND o.message_id = UNHEX(j.m) WHERE @outbox_held",
+                "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', i BIGINT PATH '$[1]', m CHAR(32) PATH '$[2]', \
+                 a BIGINT PATH '$[3]', r LONGTEXT PATH '$[4]')) j STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) \
+                 ON o.id = j.i AND o.shard = j.s AND o.message_id = UNHEX(j.m) WHERE @outbox_held",
                 self.outbox
             );
             let _ = write!(
