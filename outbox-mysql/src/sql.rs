@@ -380,7 +380,7 @@ impl Sql {
     /// empty would be read whole, and would wait there for the rows of open transactions. One table by itself, because
     /// MySQL goes through rows twice that it deletes from a join. A row of another message, or of a shard that is none of
     /// these, is left alone.
-    fn from_outbox(&self, records: &[&RecordRef], shards: &str) -> String {
+    fn outbox_rows(&self, records: &[&RecordRef], shards: &str) -> String {
         format!(
             "FROM {} o FORCE INDEX (PRIMARY) WHERE o.id IN ({}) AND o.message_id IN ({}) AND o.shard IN ({shards}) \
              AND @outbox_held",
@@ -398,7 +398,7 @@ impl Sql {
             .collect();
         let shards = list(settlement.shards.iter().map(|part| part.shard));
         for records in delivered.chunks(LOOKED_UP) {
-            let from = self.from_outbox(records, &shards);
+            let from = self.outbox_rows(records, &shards);
             if self.archive {
                 let _ = write!(
                     script,
