@@ -62,7 +62,7 @@ const MAX_LANES: usize = 16;
 ///     ..FetchRequest::default()
 /// };
 /// // Here positions are drawn in the order of commits: nothing appears below what was read.
-/// let reach = Reach { lowest: i64::MAX, pending: Vec::new() };
+/// let reach = Reach::nowhere();
 /// let plan = cursor.plan(&request, reach);
 /// assert_eq!((plan.shards[0].after, plan.shards[0].quota), (i64::MIN, 100));
 /// // The store asks its database for that, and offers the rows one by one.
@@ -203,7 +203,7 @@ impl Cursor {
     /// ```
     /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Reach}};
     /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
-    /// let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// let plan = cursor.plan(&FetchRequest::default(), Reach::nowhere());
     /// assert!(plan.shards.is_empty() && plan.lanes.is_empty() && plan.singles.is_empty());
     /// ```
     pub fn plan(&mut self, request: &FetchRequest, reach: Reach) -> Plan {
@@ -237,6 +237,7 @@ impl Cursor {
             from_start,
             skip: self.skip(request, lowest, &lanes),
             pending: reach.pending,
+            known: if from_start { Vec::new() } else { reach.known },
             singles,
             lanes,
             shards,
@@ -499,7 +500,7 @@ impl Cursor {
     /// ```
     /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Reach}};
     /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
-    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach::nowhere());
     /// let conclusion = cursor.conclude(&plan, &Intake::new(&plan), i64::MAX);
     /// assert_eq!((conclusion.more, conclusion.surplus), (false, 0));
     /// ```

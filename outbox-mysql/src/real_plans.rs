@@ -293,10 +293,7 @@ fn request(shards: u16) -> FetchRequest {
 /// The plan of a first fetch, or of one that has been at the end, with all that can be in it.
 fn plan(request: &FetchRequest, later: bool) -> Plan {
     let mut cursor = Cursor::joint(FetchMode::Cursor, Duration::from_secs(60));
-    let start = || Reach {
-        lowest: i64::MIN,
-        pending: Vec::new(),
-    };
+    let start = || Reach::above(i64::MIN);
     if !later {
         return cursor.plan(request, start());
     }
@@ -311,6 +308,7 @@ fn plan(request: &FetchRequest, later: bool) -> Plan {
         Reach {
             lowest: 50,
             pending: vec![(5, 5), (7, 9)],
+            known: vec![(60, 70), (80, 95)],
         },
     )
 }

@@ -21,7 +21,7 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 pub(crate) use self::literal::Field;
-use self::literal::{json, list, literal, none_of, text};
+use self::literal::{json, list, literal, no_number_of, none_of, text};
 pub(crate) use self::tables::{META, SERVER, WRITERS, grants, migration, ordering, tables};
 use crate::config::MysqlConfig;
 use crate::hold::{named, whole};
@@ -824,7 +824,7 @@ impl Sql {
             )
         };
         let by_shard = format!("`{}_shard`", self.prefix);
-        let skip = none_of("o.id", &plan.skip);
+        let skip = no_number_of("o.id", &plan.skip);
         let mut parts = Vec::new();
         if !plan.singles.is_empty() {
             let ids = list(plan.singles.iter().map(|(_, id)| id));
@@ -850,6 +850,8 @@ impl Sql {
         let own = format!("o.shard IN ({})", list(owned.iter().map(|owned| owned.shard)));
         for asked in &plan.shards {
             let after = asked.after.min(low);
+            // The server steps over what was returned already.
+            let known = outside(&plan.known, asked.after);
             let mut part = |index: &str, whose: &str| {
                 let condition = format!("{whose} AND {passed}");
                 parts.push(select("3, 0", index, &condition, asked.quota));
@@ -859,13 +861,11 @@ impl Sql {
             }
             if few {
                 for owned in owned {
-                    part(
-                        &by_shard,
-                        &format!("o.shard = {} AND o.id > {after}", owned.shard),
-                    );
+                    let shard = owned.shard;
+                    part(&by_shard, &format!("o.shard = {shard} AND o.id > {after}{known}"));
                 }
             } else {
-                part("PRIMARY", &format!("o.id > {after} AND {own}"));
+                part("PRIMARY", &format!("o.id > {after}{known} AND {own}"));
             }
         }
         let all = parts.join(" UNION ALL ");
@@ -953,6 +953,14 @@ fn appear(pending: &[(i64, i64)], upto: i64) -> String {
         format!("o.id IN ({single})")
     };
     format!("({single}{})", ranges.collect::<String>())
+}
+
+/// The row is in none of these ranges, as far as they lie below `upto`.
+fn outside(known: &[(i64, i64)], upto: i64) -> String {
+    let below = known.iter().filter(|(first, _)| *first <= upto);
+    below
+        .map(|(first, last)| format!(" AND o.id NOT BETWEEN {first} AND {}", (*last).min(upto)))
+        .collect()
 }
 
 fn of_key(key: &OrderKey) -> String {

@@ -1,6 +1,6 @@
 //! What can have appeared below, told by a look at what is stored and not committed.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::{Plan, Reach, START, Span};
@@ -13,6 +13,12 @@ const MAX_RANGES: usize = 2_000;
 /// So many rows of each span are looked at, at most.
 const MAX_FOUND: usize = 50_000;
 
+/// So many ranges of what was returned are told, the widest, so that they are not read anew.
+const MAX_KNOWN: usize = 50;
+
+/// So many are remembered: beyond it they are all forgotten, which only makes reading slower.
+const MAX_REMEMBERED: usize = 10_000;
+
 /// So often within the lag it is noted which positions are drawn.
 const SAMPLES: u32 = 8;
 
@@ -24,7 +30,8 @@ const SAMPLES: u32 = 8;
 /// positions it keeps, and asks for them until they are returned or gone.
 ///
 /// Between drawing a position and storing its row there is a moment in which nothing can be seen. So the newest part of
-/// the table, whose positions were drawn no longer ago than the *lag*, is read anew each time. The premise is that **no
+/// the table, whose positions were drawn no longer ago than the *lag*, is read anew each time, but for what was returned
+/// already. The premise is that **no
 /// single INSERT takes longer than the lag** from drawing a position to storing its row; how long the transaction stays
 /// open makes no difference.
 ///
@@ -59,6 +66,8 @@ pub struct Pending {
     floor: i64,
     /// They.
     ids: BTreeSet<i64>,
+    /// What was returned above the floor, as ranges: first and last.
+    returned: BTreeMap<i64, i64>,
     /// When positions up to which one were drawn, the oldest first.
     drawn: VecDeque<(Instant, i64)>,
     /// When it was looked last.
@@ -118,6 +127,7 @@ impl Pending {
             lag,
             floor: START,
             ids: BTreeSet::new(),
+            returned: BTreeMap::new(),
             drawn: VecDeque::new(),
             looked: None,
             max_ranges: MAX_RANGES,
@@ -156,6 +166,33 @@ impl Pending {
         Reach {
             lowest: self.floor,
             pending: ranges(&self.ids),
+            known: self.known(),
+        }
+    }
+
+    /// The widest ranges of what was returned, ascending.
+    fn known(&self) -> Vec<(i64, i64)> {
+        let mut known: Vec<(i64, i64)> = self
+            .returned
+            .iter()
+            .map(|(first, last)| (*first, *last))
+            .collect();
+        if known.len() > MAX_KNOWN {
+            known.sort_unstable_by_key(|(first, last)| first.saturating_sub(*last));
+            known.truncate(MAX_KNOWN);
+            known.sort_unstable();
+        }
+        known
+    }
+
+    fn remember(&mut self, position: i64) {
+        let next = position.saturating_add(1);
+        let last = self.returned.remove(&next).unwrap_or(position);
+        match self.returned.range_mut(..=position).next_back() {
+            Some((_, end)) if end.saturating_add(1) >= position => *end = last.max(*end),
+            _ => {
+                self.returned.insert(position, last);
+            }
         }
     }
 
@@ -194,10 +231,18 @@ impl Pending {
         returned: impl Fn() -> R,
         now: Instant,
     ) -> Option<Look> {
-        if !self.ids.is_empty() {
-            for position in returned() {
-                self.ids.remove(&position);
+        if plan.shards.first().is_some_and(|asked| asked.after == START) {
+            // What was returned before may be wanted again.
+            self.returned.clear();
+        }
+        for position in returned() {
+            self.ids.remove(&position);
+            if position > self.floor {
+                self.remember(position);
             }
+        }
+        if self.returned.len() > MAX_REMEMBERED {
+            self.returned.clear();
         }
         let due = self
             .looked
@@ -266,6 +311,7 @@ impl Pending {
             self.ids.split_off(&floor.saturating_add(1));
         }
         self.floor = floor;
+        self.returned.retain(|_, last| *last > floor);
         if let Some(top) = found.top.max(look.top) {
             self.drawn.push_back((now, top));
         }

@@ -9,7 +9,8 @@ use crate::shard::Shard;
 ///
 /// ```
 /// // Positions are drawn in the order of commits: never.
-/// let reach = outbox_core::cursor::Reach { lowest: i64::MAX, pending: Vec::new() };
+/// let reach = outbox_core::cursor::Reach::nowhere();
+/// assert_eq!(reach.lowest, i64::MAX);
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reach {
@@ -17,6 +18,34 @@ pub struct Reach {
     pub lowest: i64,
     /// Single positions at which something can appear, as ranges with both ends included: ascending, and apart.
     pub pending: Vec<(i64, i64)>,
+    /// Ranges of positions at which nothing can appear: all were returned, or are nobody's.
+    pub known: Vec<(i64, i64)>,
+}
+
+impl Reach {
+    /// Nothing can have appeared.
+    ///
+    /// ```
+    /// assert!(outbox_core::cursor::Reach::nowhere().pending.is_empty());
+    /// ```
+    #[must_use]
+    pub const fn nowhere() -> Self {
+        Self::above(i64::MAX)
+    }
+
+    /// Anywhere above a position.
+    ///
+    /// ```
+    /// assert_eq!(outbox_core::cursor::Reach::above(7).lowest, 7);
+    /// ```
+    #[must_use]
+    pub const fn above(lowest: i64) -> Self {
+        Self {
+            lowest,
+            pending: Vec::new(),
+            known: Vec::new(),
+        }
+    }
 }
 
 /// What one fetch asks the server for. Its parts are asked for in the order of [`Place`].
@@ -25,7 +54,7 @@ pub struct Reach {
 /// use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Reach}};
 ///
 /// let mut cursor = Cursor::new(FetchMode::Rescan, std::time::Duration::from_secs(60));
-/// let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+/// let plan = cursor.plan(&FetchRequest::default(), Reach::nowhere());
 /// assert!(plan.from_start);
 /// ```
 #[derive(Debug)]
@@ -36,6 +65,8 @@ pub struct Plan {
     pub skip: Vec<i64>,
     /// As in [`Reach::pending`]: lanes and shards return them as well.
     pub pending: Vec<(i64, i64)>,
+    /// As in [`Reach::known`]: the main scan need not look there, up to its own position.
+    pub known: Vec<(i64, i64)>,
     /// Messages that are asked for by their positions.
     pub singles: Vec<(Shard, i64)>,
     /// Keys that are read apart, which the shards leave out.
@@ -51,10 +82,7 @@ pub struct Plan {
 impl Plan {
     /// Whether something is expected to appear at a position.
     pub(super) fn awaits(&self, position: i64) -> bool {
-        let index = self.pending.partition_point(|(_, last)| *last < position);
-        self.pending
-            .get(index)
-            .is_some_and(|(first, _)| *first <= position)
+        within(&self.pending, position)
     }
 
     /// Up to where is read what came as far as `last` and was asked for from `base` on. What was pending lies below, and
@@ -62,6 +90,12 @@ impl Plan {
     pub(super) fn reached(&self, last: i64, base: i64) -> i64 {
         if self.sweeps { last } else { last.max(base) }
     }
+}
+
+/// Whether a position lies in one of these ranges, which are ascending.
+pub(super) fn within(ranges: &[(i64, i64)], position: i64) -> bool {
+    let index = ranges.partition_point(|(_, last)| *last < position);
+    ranges.get(index).is_some_and(|(first, _)| *first <= position)
 }
 
 /// A key that is read apart.
@@ -183,7 +217,7 @@ pub struct Span {
 ///
 /// let mut cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
 /// let request = FetchRequest { max_rows: 1, max_bytes: 100, ..FetchRequest::default() };
-/// let plan = cursor.plan(&request, Reach { lowest: i64::MAX, pending: Vec::new() });
+/// let plan = cursor.plan(&request, Reach::nowhere());
 /// let mut intake = Intake::new(&plan);
 /// assert!(intake.offer(&plan, Place::Shard(0), 7, 20));
 /// assert!(!intake.offer(&plan, Place::Shard(0), 8, 20)); // there is room for one
@@ -219,7 +253,7 @@ impl Intake {
     /// ```
     /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Reach}};
     /// # let mut cursor = Cursor::new(FetchMode::Cursor, std::time::Duration::from_secs(60));
-    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach::nowhere());
     /// let intake = Intake::new(&plan);
     /// ```
     #[must_use]
@@ -244,7 +278,7 @@ impl Intake {
     /// ```
     /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Place, Reach}};
     /// # let mut cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
-    /// # let plan = cursor.plan(&FetchRequest::default(), Reach { lowest: i64::MAX, pending: Vec::new() });
+    /// # let plan = cursor.plan(&FetchRequest::default(), Reach::nowhere());
     /// assert!(Intake::new(&plan).offer(&plan, Place::Shard(0), 7, usize::MAX));
     /// ```
     pub fn offer(&mut self, plan: &Plan, place: Place, position: i64, bytes: usize) -> bool {

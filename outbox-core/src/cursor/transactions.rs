@@ -152,10 +152,7 @@ impl Transactions {
     #[must_use]
     pub fn reach(&self) -> Reach {
         let (below, running) = self.finished();
-        Reach {
-            lowest: running.iter().map(|(_, low)| *low).fold(below, i64::min),
-            pending: Vec::new(),
-        }
+        Reach::above(running.iter().map(|(_, low)| *low).fold(below, i64::min))
     }
 
     /// Takes note of what the server told; gives the position above which this fetch had to look.

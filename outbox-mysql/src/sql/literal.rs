@@ -70,3 +70,58 @@ pub(super) fn none_of(what: &str, values: impl IntoIterator<Item = impl Display>
         list => format!("{what} NOT IN ({list})"),
     }
 }
+
+/// Neighbours that are left out by one comparison, which lets a server step over their rows without reading them.
+const RUN: i64 = 8;
+/// With more comparisons a server would rather read the rows than think.
+const MAX_RUNS: usize = 100;
+
+/// The number `what` is none of these, whose neighbours are told as a range; true when there are none.
+pub(super) fn no_number_of(what: &str, numbers: &[i64]) -> String {
+    let mut numbers = numbers.to_vec();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let (mut condition, mut single) = (String::new(), Vec::<i64>::new());
+    let mut runs = 0;
+    for run in numbers.chunk_by(|one, next| one.checked_add(1) == Some(*next)) {
+        match run {
+            [first, .., last] if last - first >= RUN - 1 && runs < MAX_RUNS => {
+                runs += 1;
+                let _ = write!(condition, "{what} NOT BETWEEN {first} AND {last} AND ");
+            }
+            _ => single.extend(run),
+        }
+    }
+    condition + &none_of(what, single)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_left_out_as_ranges() {
+        assert_eq!(no_number_of("id", &[]), "TRUE");
+        assert_eq!(no_number_of("id", &[3, 1, 2]), "id NOT IN (1,2,3)");
+        let numbers: Vec<i64> = (10..=17).rev().chain([30, i64::MAX, i64::MIN]).collect();
+        assert_eq!(
+            no_number_of("id", &numbers),
+            format!(
+                "id NOT BETWEEN 10 AND 17 AND id NOT IN ({},30,{})",
+                i64::MIN,
+                i64::MAX
+            )
+        );
+        assert_eq!(
+            no_number_of("id", &(1..=20).collect::<Vec<_>>()),
+            "id NOT BETWEEN 1 AND 20 AND TRUE"
+        );
+        let many: Vec<i64> = (0..200).flat_map(|run| 100 * run..100 * run + RUN).collect();
+        let text = no_number_of("id", &many);
+        assert_eq!(text.matches("BETWEEN").count(), MAX_RUNS);
+        assert_eq!(
+            text.split_once("NOT IN").unwrap().1.matches(',').count(),
+            100 * 8 - 1
+        );
+    }
+}

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use self::relay::{Relay, Stage};
 use self::server::{Database, Draft, LAG, Row};
+use super::plan::within;
 use super::transactions::MAX_MARKS;
 use super::{
     Conclusion, Cursor, END, Found, Intake, Look, MAX_LANES, Pending, Place, Plan, Reach, START, Snapshot,
@@ -56,6 +57,8 @@ enum Variant {
     NoPending,
     /// The look leaves out what lanes read, of what is pending as well.
     PendingWithoutLanes,
+    /// What was returned is passed over where it is wanted again, too.
+    KnownAnywhere,
     /// What lanes go past is not looked at.
     LanesUnseen,
     /// A hold remembers where the scan began, and not what was pending.
@@ -584,6 +587,7 @@ impl World {
             .map(number)
             .collect();
         let joint = matches!(self.knowledge, Knowledge::Pending(_));
+        let anywhere = self.variant == Variant::KnownAnywhere;
         let own = |shard| request.shards.iter().any(|owned| owned.shard == shard);
         for (index, asked) in plan.shards.iter().enumerate() {
             answer.extend(
@@ -593,7 +597,10 @@ impl World {
                             own(row.draft.shard)
                         } else {
                             row.draft.shard == asked.shard
-                        }) && (row.position > asked.after.min(low) || plan.awaits(row.position))
+                        }) && ((row.position > asked.after
+                            && !(anywhere && within(&plan.known, row.position)))
+                            || (row.position > low && !within(&plan.known, row.position))
+                            || plan.awaits(row.position))
                             && !skip.contains(&row.position)
                             && !topics.contains(&row.draft.topic)
                             && !row.draft.key.is_some_and(|key| left_out.contains(&key))
@@ -954,10 +961,7 @@ fn a_transaction_that_stays_open_loses_nothing() {
 
 /// Nothing appears below what was read by now.
 const fn quiet() -> Reach {
-    Reach {
-        lowest: 100,
-        pending: Vec::new(),
-    }
+    Reach::above(100)
 }
 
 /// A lane that never ends has its share and no more, even where a batch has room for one row only.
@@ -1089,6 +1093,11 @@ fn catches_a_missing_or_short_lag() {
 fn catches_what_is_pending_when_it_is_forgotten() {
     catches(Kind::Pending, Variant::NoPending);
     catches(Kind::Pending, Variant::HoldForgetsPending);
+}
+
+#[test]
+fn catches_what_was_returned_when_it_is_passed_over_for_ever() {
+    catches(Kind::Pending, Variant::KnownAnywhere);
 }
 
 #[test]
