@@ -57,10 +57,14 @@ macro_rules! harness {
 }
 
 harness!(Insert, |_| {});
-harness!(Rescan, |config| config.fetch = FetchMode::Rescan);
-harness!(OneShard, |config| config.shards = 1);
-harness!(Sequenced, |config| config.ordering = Ordering::Sequenced);
-harness!(Archive, |config| config.archive = true);
+harness!(RescanOneShard, |config| {
+    config.fetch = FetchMode::Rescan;
+    config.shards = 1;
+});
+harness!(SequencedArchive, |config| {
+    config.ordering = Ordering::Sequenced;
+    config.archive = true;
+});
 // Through a real PgBouncer in transaction mode.
 harness!(Pooled, |config| {
     config.url = variable("OUTBOX_TEST_PGBOUNCER").into();
@@ -68,8 +72,6 @@ harness!(Pooled, |config| {
 });
 
 outbox_core::store_conformance!(Insert, insert);
-outbox_core::store_conformance!(Rescan, rescan);
-outbox_core::store_conformance!(OneShard, one_shard);
-outbox_core::store_conformance!(Sequenced, sequenced);
-outbox_core::store_conformance!(Archive, archive);
+outbox_core::store_conformance!(RescanOneShard, rescan_one_shard);
+outbox_core::store_conformance!(SequencedArchive, sequenced_archive);
 outbox_core::store_conformance!(Pooled, pooled);
