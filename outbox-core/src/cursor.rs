@@ -47,6 +47,7 @@ const ALL: Shard = Shard(0);
 
 /// More lanes at once make each fetch slow; beyond it the shard's position goes back instead.
 const MAX_LANES: usize = 16;
+
 /// Where a reader stands. It belongs to one reader and is lost with it, which is always safe.
 ///
 /// ```
