@@ -73,8 +73,11 @@ impl ClientContext for Context {
                 self.tracker
                     .close(Closing::new(Class::Unknown, reason).draining());
             }
-            Code::Fatal => self.tracker.close(Closing::new(Class::Broken, reason).draining()),
-            Code::Authentication | Code::SaslAuthenticationFailed => {
+            // A fatal error comes with the code of its cause, and is told before what librdkafka drops because of it.
+            code if classify(code) == Class::Broken => {
+                self.tracker.close(Closing::new(Class::Broken, reason).draining());
+            }
+            Code::Authentication | Code::SaslAuthenticationFailed | Code::ClusterAuthorizationFailed => {
                 self.tracker.trouble(Telling::Denied, &reason, true);
             }
             Code::SSL => self.tracker.trouble(Telling::Certificate, &reason, true),
@@ -106,6 +109,11 @@ impl Context {
         let class = classify(code);
         let reason = Reason::from(format!("{code} (topic {topic})"));
         match (class, self.lane) {
+            // We purge only what is closed already, so this is librdkafka's own doing, after a fatal error.
+            _ if code == Code::PurgeQueue => {
+                let told = self.tracker.last_trouble().map(|(_, reason)| reason.into());
+                self.close(Class::Broken, told.unwrap_or(reason), topic)
+            }
             (Class::Poison, Lane::Careful) => {
                 self.suspects.add(topic);
                 Outcome::Poison(reason)

@@ -30,11 +30,14 @@ struct Mock {
 /// The mock cluster is a pointer for Rust, so it lives on a thread of its own and takes orders.
 struct Cluster(std::sync::mpsc::Sender<Order>);
 
+/// More requests than an idempotent producer ever has under way.
+const IN_FLIGHT: usize = 10;
+
 enum Order {
     Down,
     Up,
     Delay,
-    BreakNext,
+    Break,
     BlockTopic,
 }
 
@@ -51,13 +54,17 @@ impl Cluster {
             for order in inbox {
                 match order {
                     Order::Down => cluster.broker_down(1).unwrap(),
-                    Order::Up => cluster.broker_up(1).unwrap(),
+                    Order::Up => {
+                        cluster.clear_request_errors(Api::Produce);
+                        cluster.broker_up(1).unwrap();
+                    }
                     Order::Delay => cluster
                         .broker_round_trip_time(1, Duration::from_millis(200))
                         .unwrap(),
-                    Order::BreakNext => cluster.request_errors(
+                    // As on a real broker: where one request broke the sequence, those that follow break it, too.
+                    Order::Break => cluster.request_errors(
                         Api::Produce,
-                        &[Error::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER],
+                        &[Error::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER; IN_FLIGHT],
                     ),
                     Order::BlockTopic => cluster
                         .topic_error(TOPICS[1], Error::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED)
@@ -81,10 +88,7 @@ impl SinkHarness for Mock {
     }
 
     async fn sink(&self) -> Box<dyn Sink> {
-        // The mock takes a later request although an earlier one broke the sequence, which no real broker does. One
-        // request at a time, so that the suite judges the sink and not the mock.
-        let config = quick(&*self.servers).option("max.in.flight.requests.per.connection", "1");
-        Box::new(KafkaSink::new(&config).unwrap())
+        Box::new(KafkaSink::new(&quick(&*self.servers)).unwrap())
     }
 
     async fn delivered(&self) -> Vec<Message> {
@@ -110,7 +114,7 @@ impl SinkHarness for Mock {
             SinkFault::Block => Order::BlockTopic,
             SinkFault::Outage => Order::Down,
             SinkFault::Heal => Order::Up,
-            SinkFault::Break => Order::BreakNext,
+            SinkFault::Break => Order::Break,
             SinkFault::Delay => Order::Delay,
             other => panic!("{other:?} is not among the faults of this harness"),
         };

@@ -111,6 +111,25 @@ async fn a_fatal_error_is_broken_and_the_next_producer_works() {
     assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered]);
 }
 
+/// librdkafka drops what it has then, and the reports of that say nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_that_may_not_begin_is_broken_and_says_why() {
+    let cluster = cluster();
+    cluster.request_errors(
+        Api::InitProducerId,
+        &[Error::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED],
+    );
+    let mut sink = sink(&cluster);
+    let outcomes = publish(&mut sink, one()).await;
+    let Outcome::Broken(reason) = &outcomes[0] else {
+        panic!("{outcomes:?}");
+    };
+    assert!(reason.as_str().contains("authoriz"), "{reason}");
+    sink.purge().await;
+    sink.rebuild().await.unwrap();
+    assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_refused_locally_is_alone() {
     let cluster = cluster();

@@ -197,9 +197,9 @@ pub enum SinkFault {
     Block,
     /// The destination cannot be reached ([`crate::Outcome::Outage`], or silence until a purge).
     Outage,
-    /// The end of an outage. A harness that lists [`SinkFault::Outage`] can end it, too.
+    /// The destination is well again. A harness that lists [`SinkFault::Outage`] or [`SinkFault::Break`] can heal, too.
     Heal,
-    /// The sink breaks when the message is sent ([`crate::Outcome::Broken`]).
+    /// The sink breaks when the message is sent ([`crate::Outcome::Broken`]): it goes on only when it was rebuilt.
     Break,
     /// Sending takes a while from now on, at least 100 ms: so that something is under way when it is purged.
     Delay,

@@ -587,6 +587,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "failure_stops_key",
         "retry_stops_key",
         "blocked_topic_lets_others_flow",
+        "broken_is_rebuilt",
     ]),
     (SinkFlaw::PoisonFailsBatch, &[
         "outcomes_are_in_order",
