@@ -224,23 +224,30 @@ fn insert(outbox: &str, ordering: Ordering, rows: usize) -> Statement {
     ))
 }
 
-/// Shards and their epochs as JSON, in the order in which everybody locks leases.
-fn shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
-    let mut owned: Vec<OwnedShard> = owned.into_iter().collect();
+/// Shards and their epochs as a table of `s` and `e`, in the order in which everybody locks leases. What is joined with it
+/// is looked up, and nothing else is locked; a list would make the servers go through all leases.
+fn named_shards(owned: &[OwnedShard]) -> String {
+    let mut owned = owned.to_vec();
     owned.sort_unstable();
-    json(owned.into_iter().map(|owned| {
+    let rows = json(owned.iter().map(|owned| {
         [
             Field::Number(i64::from(owned.shard.0)),
             Field::Number(owned.epoch.0),
         ]
-    }))
+    }));
+    format!("JSON_TABLE({rows}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j")
 }
 
-/// The same as a table of `s` and `e`.
-fn named_shards(owned: impl IntoIterator<Item = OwnedShard>) -> String {
+/// That the relay holds the lease `l`, under the epoch that it was given.
+fn holds(relay: &str, owned: &[OwnedShard], now: &str) -> String {
+    let epochs = owned
+        .iter()
+        .map(|owned| format!("({},{})", owned.shard, owned.epoch.0));
+    // A list is not empty.
+    let epochs = list(epochs.chain(["(-1,-1)".to_owned()]));
     format!(
-        "JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j",
-        shards(owned)
+        "(l.shard, l.epoch) IN ({epochs}) AND l.owner = {} AND l.until > {now}",
+        text(relay)
     )
 }
 
@@ -296,10 +303,9 @@ impl Sql {
     pub(crate) fn release(&self, relay: &str, owned: &[OwnedShard], leaves: bool) -> String {
         let name = text(relay);
         let mut script = format!(
-            "UPDATE JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
-             STRAIGHT_JOIN {} l ON l.shard = j.s SET l.owner = NULL, l.until = '1970-01-01' \
-             WHERE l.owner = {name} AND l.epoch = j.e",
-            shards(owned.iter().copied()),
+            "UPDATE {} STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s \
+             SET l.owner = NULL, l.until = '1970-01-01' WHERE l.owner = {name} AND l.epoch = j.e",
+            named_shards(owned),
             self.lease,
         );
         if leaves {
@@ -319,31 +325,25 @@ impl Sql {
         )
     }
 
-    /// Begins a transaction and locks the leases of these shards, in one order: against a take-over, and against the same
-    /// settlement, repeated while the server still runs the first. The answer at [`FENCED`] are those that the relay
-    /// holds, once they are locked: it may have waited beyond their end. A statement that joins [`fence`](Self::fence)
-    /// touches only these.
-    fn fenced(&self, relay: &str, owned: impl IntoIterator<Item = OwnedShard>) -> String {
-        let named = named_shards(owned);
+    /// Begins a transaction and locks the leases of these shards: against a take-over, and against the same settlement,
+    /// repeated while the server still runs the first. The answer at [`FENCED`] are those that the relay holds, once they
+    /// are locked: it may have waited beyond their end. Those of which [`fence`](Self::fence) is true are the same.
+    fn fenced(&self, relay: &str, owned: &[OwnedShard]) -> String {
         format!(
             "START TRANSACTION; \
-             SELECT COUNT(*) FROM {named} STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s {}; \
+             SELECT COUNT(*) FROM {} STRAIGHT_JOIN {lease} l FORCE INDEX (PRIMARY) ON l.shard = j.s {}; \
              SET @outbox_now = {NOW}; \
-             SELECT l.shard FROM {named} {}",
-            self.lease,
+             SELECT l.shard FROM {lease} l WHERE {}",
+            named_shards(owned),
             locking("UPDATE", "FOR UPDATE", "l"),
-            self.fence(relay)
+            Self::fence(relay, owned),
+            lease = self.lease,
         )
     }
 
-    /// The shard `j.s` under the epoch `j.e` is held, as was seen when it was locked.
-    fn fence(&self, relay: &str) -> String {
-        format!(
-            "STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s AND l.epoch = j.e AND l.owner = {} \
-             AND l.until > @outbox_now",
-            self.lease,
-            text(relay)
-        )
+    /// The lease `l` is held, as was seen when it was locked.
+    fn fence(relay: &str, owned: &[OwnedShard]) -> String {
+        holds(relay, owned, "@outbox_now")
     }
 }
 
@@ -356,18 +356,20 @@ impl Sql {
     /// answers.
     pub(crate) fn settle(&self, settlement: &Settlement) -> String {
         let relay = settlement.relay.as_str();
-        let owned = || {
-            settlement.shards.iter().map(|part| OwnedShard {
+        let owned: Vec<OwnedShard> = settlement
+            .shards
+            .iter()
+            .map(|part| OwnedShard {
                 shard: part.shard,
                 epoch: part.epoch,
             })
-        };
+            .collect();
         let mut script = format!(
-            "{}; SET @outbox_held = (SELECT COUNT(*) FROM {} {}) = {}",
-            self.fenced(relay, owned()),
-            named_shards(owned()),
-            self.fence(relay),
-            settlement.shards.len()
+            "{}; SET @outbox_held = (SELECT COUNT(*) FROM {} l WHERE {}) = {}",
+            self.fenced(relay, &owned),
+            self.lease,
+            Self::fence(relay, &owned),
+            owned.len()
         );
         self.delivered(&mut script, settlement);
         self.buried(&mut script, settlement);
@@ -638,14 +640,12 @@ impl Sql {
         };
         format!(
             "SELECT MIN({}) FROM ({}) d; \
-             SELECT l.shard FROM JSON_TABLE({}, '$[*]' COLUMNS (s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]')) j \
-             STRAIGHT_JOIN {} l ON l.shard = j.s AND l.epoch = j.e WHERE l.owner = {} AND l.until > {NOW}; \
+             SELECT l.shard FROM {} l WHERE {}; \
              SELECT shard, id FROM ({}) d ORDER BY deliver_at, id LIMIT {most}",
             left("deliver_at"),
             each("deliver_at", "", 1),
-            shards(owned.iter().copied()),
             self.lease,
-            text(relay),
+            holds(relay, owned, NOW),
             each(
                 "shard, id, deliver_at",
                 &format!(" AND deliver_at <= {NOW}"),
@@ -656,28 +656,20 @@ impl Sql {
 
     /// Moves what is due, named by shard and id, to the outbox. The answer after [`FENCED`] are those that are moved.
     pub(crate) fn promote(&self, relay: &str, owned: &[OwnedShard], due: &[(Shard, i64)]) -> String {
-        let epoch = |shard: Shard| {
-            owned
-                .iter()
-                .find(|owned| owned.shard == shard)
-                .map_or(0, |owned| owned.epoch.0)
-        };
-        let rows = json(due.iter().map(|(shard, id)| {
-            [
-                Field::Number(i64::from(shard.0)),
-                Field::Number(epoch(*shard)),
-                Field::Number(*id),
-            ]
-        }));
+        let rows = json(
+            due.iter()
+                .map(|(shard, id)| [Field::Number(i64::from(shard.0)), Field::Number(*id)]),
+        );
         let from = format!(
-            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (n FOR ORDINALITY, s SMALLINT PATH '$[0]', e BIGINT PATH '$[1]', \
-             i BIGINT PATH '$[2]')) j {} STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = j.i AND o.shard = j.s",
-            self.fence(relay),
-            self.scheduled
+            "FROM JSON_TABLE({rows}, '$[*]' COLUMNS (n FOR ORDINALITY, s SMALLINT PATH '$[0]', i BIGINT PATH '$[1]')) j \
+             STRAIGHT_JOIN {} l FORCE INDEX (PRIMARY) ON l.shard = j.s AND {} STRAIGHT_JOIN {} o FORCE INDEX (PRIMARY) ON o.id = j.i AND o.shard = j.s",
+            self.lease,
+            Self::fence(relay, owned),
+            self.scheduled,
         );
         format!(
             "{}; SELECT o.id {from} {}; {}; DELETE o {from}; COMMIT",
-            self.fenced(relay, owned.iter().copied()),
+            self.fenced(relay, owned),
             locking("UPDATE", "FOR UPDATE", "o"),
             self.write(&format!("SELECT {OF_O}, j.n {from}"))
         )

@@ -26,16 +26,16 @@ pub struct RelayConfig {
     /// it; sending stops at four fifths. 100 ms to 1 h. Default: 10 s.
     #[serde(with = "human")]
     pub lease: Duration,
-    /// Most records in one read and in one hand-over to the sink. 1 to 100,000. Default: 1,000.
+    /// Most records in one read and in one hand-over to the sink. 1 to 100,000. Default: 2,000.
     pub batch_rows: usize,
     /// Most bytes in one read; one record always passes. At least 1. Default: 4 MiB.
     pub batch_bytes: usize,
-    /// Most records that are read and not yet settled. At least `batch_rows`. Default: 4,000.
+    /// Most records that are read and not yet settled. At least `batch_rows`. Default: 8,000.
     pub window_rows: usize,
     /// Most bytes that are read and not yet known to be delivered, give or take one read. Default: 16 MiB.
     pub window_bytes: usize,
     /// Most records in one settlement: short transactions leave room for producers. What belongs to a failure stays
-    /// together even beyond that. Default: 1,000.
+    /// together even beyond that. Default: 2,000.
     pub settle_rows: usize,
     /// The pause between settlements of few records, in which more join: one costs the database about as much for one
     /// record as for ten. It delays no message. A relay that dies delivers so much more a second time. At most
@@ -103,11 +103,11 @@ impl Default for RelayConfig {
         };
         Self {
             lease: Duration::from_secs(10),
-            batch_rows: 1_000,
+            batch_rows: 2_000,
             batch_bytes: 4 << 20,
-            window_rows: 4_000,
+            window_rows: 8_000,
             window_bytes: 16 << 20,
-            settle_rows: 1_000,
+            settle_rows: 2_000,
             settle_every: Duration::from_millis(20),
             poll_busy: Duration::from_millis(1),
             poll_idle: Duration::from_millis(50),
