@@ -124,9 +124,9 @@ fn explain(said: &Said) -> (ErrorKind, Option<&'static str>) {
             ErrorKind::Unavailable,
             Some("the statement was cancelled, most likely because it took too long"),
         ),
-        1053 | 1077 | 1079 | 1927 | 2013 | 4031 => (
+        1053 | 1077 | 1079 | 1927 | 2013 | 3032 | 4031 => (
             ErrorKind::Unavailable,
-            Some("the server is stopping, or has closed this connection"),
+            Some("the server is stopping or in offline mode, or has closed this connection"),
         ),
         1021 | 1114 => (
             ErrorKind::Unavailable,
@@ -140,7 +140,7 @@ fn explain(said: &Said) -> (ErrorKind, Option<&'static str>) {
             ErrorKind::Unavailable,
             Some("the server blocks this host after many connection errors: run FLUSH HOSTS there"),
         ),
-        1290 | 1792 | 1836 => (
+        1290 | 1792 | 1836 | 1874 => (
             ErrorKind::Unavailable,
             Some("the server takes no writes: is it a replica, or read_only set?"),
         ),
@@ -211,6 +211,8 @@ mod tests {
             (1040, ErrorKind::Unavailable),
             (1114, ErrorKind::Unavailable),
             (1290, ErrorKind::Unavailable),
+            (1874, ErrorKind::Unavailable),
+            (3032, ErrorKind::Unavailable),
             (3024, ErrorKind::Unavailable),
             (1969, ErrorKind::Unavailable),
             (1045, ErrorKind::Denied),
