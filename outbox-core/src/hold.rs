@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::RecordRef;
 use crate::lease::millis;
 use crate::message::OrderKey;
@@ -63,6 +64,27 @@ pub enum HoldScope {
     Message,
 }
 
+impl HoldScope {
+    /// The scope that a [`HoldName`] names.
+    ///
+    /// ```
+    /// use outbox_core::HoldScope;
+    ///
+    /// assert_eq!(HoldScope::named("topic", "orders", b""), HoldScope::Topic("orders".into()));
+    /// ```
+    #[must_use]
+    pub fn named(scope: &str, topic: &str, key: &[u8]) -> Self {
+        match scope {
+            "topic" => Self::Topic(topic.into()),
+            "key" => Self::Key(OrderKey {
+                topic: topic.into(),
+                key: Bytes::copy_from_slice(key),
+            }),
+            _ => Self::Message,
+        }
+    }
+}
+
 /// How a hold goes on.
 ///
 /// ```
@@ -88,6 +110,27 @@ pub enum HoldState {
 }
 
 impl HoldState {
+    /// What a row says that was [`stored`](Self::stored), and how many milliseconds are left; what is over is now.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use outbox_core::HoldState;
+    ///
+    /// let state = HoldState::Retrying { due_in: Duration::from_secs(1) };
+    /// let (parked, due_in) = state.stored();
+    /// assert_eq!(HoldState::read(parked, due_in), state);
+    /// ```
+    #[must_use]
+    pub const fn read(parked: bool, left: i64) -> Self {
+        if parked {
+            return Self::Parked;
+        }
+        let left = if left < 0 { 0 } else { left.unsigned_abs() };
+        Self::Retrying {
+            due_in: Duration::from_millis(left),
+        }
+    }
+
     /// As a row has it: whether it is parked, and in how many milliseconds it is due.
     ///
     /// A time that no clock reaches would overflow a database's sum: it is cut at a thousand years.
@@ -123,6 +166,32 @@ pub struct HoldRef {
     pub scope: HoldScope,
     /// The head.
     pub head: RecordRef,
+}
+
+impl HoldRef {
+    /// Whether there is one message that could be buried: a topic is parked for all of its own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a topic.
+    ///
+    /// ```
+    /// use outbox_core::{ErrorKind, HoldRef, HoldScope, MessageId, Position, RecordRef, Shard};
+    ///
+    /// let head = RecordRef { position: Position(1), id: MessageId::new() };
+    /// let topic = HoldRef { shard: Shard(0), scope: HoldScope::Topic("orders".into()), head };
+    /// assert_eq!(topic.check_buriable().unwrap_err().kind(), ErrorKind::Unsupported);
+    /// ```
+    pub fn check_buriable(&self) -> Result<()> {
+        match &self.scope {
+            HoldScope::Topic(topic) => Err(Error::new(
+                ErrorKind::Unsupported,
+                "bury",
+                "a topic is parked for all its messages, not for one that could be buried: resume it",
+            )
+            .with("topic", topic)),
+            HoldScope::Key(_) | HoldScope::Message => Ok(()),
+        }
+    }
 }
 
 impl Hold {

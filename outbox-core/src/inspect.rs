@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::fetch::RecordRef;
 use crate::hold::{Hold, HoldScope};
 use crate::lease::RelayId;
-use crate::message::{MessageId, OrderKey};
-use crate::shard::{Position, Shard};
+use crate::message::{Message, MessageId, OrderKey};
+use crate::shard::{Position, Shard, shard_of};
 use crate::store::{Count, LeaseStatus};
 
 /// Looks where something stands and what is around it. For people, one question at a time; it changes nothing and
@@ -188,6 +188,38 @@ pub enum Place {
 }
 
 impl Subject {
+    /// The shard in which all of it is, if it has one of its own: a key has.
+    ///
+    /// ```
+    /// use outbox_core::Subject;
+    ///
+    /// assert_eq!(Subject::Topic("orders".into()).shard(64), None);
+    /// ```
+    #[must_use]
+    pub fn shard(&self, shards: u16) -> Option<Shard> {
+        match self {
+            // The id decides only where there is no key.
+            Self::Key(key) => Some(shard_of(Some(&key.key), MessageId::from_bytes([0; 16]), shards)),
+            Self::Message(_) | Self::Topic(_) => None,
+        }
+    }
+
+    /// How many places in the outbox are told: of a key or a topic the first.
+    ///
+    /// ```
+    /// use outbox_core::{MAX_PLACES, MessageId, Subject};
+    ///
+    /// assert_eq!(Subject::Message(MessageId::new()).places(), MAX_PLACES);
+    /// assert_eq!(Subject::Topic("orders".into()).places(), 1);
+    /// ```
+    #[must_use]
+    pub const fn places(&self) -> usize {
+        match self {
+            Self::Message(_) => MAX_PLACES,
+            Self::Key(_) | Self::Topic(_) => 1,
+        }
+    }
+
     /// Whether a hold stops any of it; `found` is what was found of it. Ready-made for stores that have read all holds.
     #[must_use]
     pub fn is_stopped_by(&self, hold: &Hold, found: &[Standing]) -> bool {
@@ -203,6 +235,29 @@ impl Subject {
 }
 
 impl Standing {
+    /// What is told of a message that stands at a place.
+    ///
+    /// ```
+    /// use outbox_core::{Message, Place, Shard, Standing};
+    ///
+    /// # fn main() -> outbox_core::Result<()> {
+    /// let message = Message::builder("orders").key("42").build()?;
+    /// let place = Place::Scheduled { shard: Shard(0), due: std::time::SystemTime::now() };
+    /// assert_eq!(Standing::of(&message, None, place).key, message.order_key());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn of(message: &Message, key_seq: Option<i64>, place: Place) -> Self {
+        Self {
+            id: message.id(),
+            topic: message.topic().into(),
+            key: message.order_key(),
+            key_seq,
+            created_at: message.created_at(),
+            place,
+        }
+    }
+
     /// Whether a hold stops it.
     #[must_use]
     pub fn is_stopped_by(&self, hold: &Hold) -> bool {

@@ -28,6 +28,7 @@ mod settle;
 mod shard;
 mod sink;
 mod store;
+mod stored;
 mod wake;
 
 pub use clock::{Clock, MonotonicClock};
@@ -56,4 +57,5 @@ pub use settle::{Death, Settled, Settlement, ShardSettlement};
 pub use shard::{Epoch, OwnedShard, Position, Shard, shard_of};
 pub use sink::{Outcome, Reason, Receipt, Sink, SinkCapabilities};
 pub use store::{Capabilities, Count, LeaseStatus, Ordering, OutboxStore, Reader, Stats};
+pub use stored::{StoredMessage, StoredMessages};
 pub use wake::{WakeUp, Waker};

@@ -252,6 +252,32 @@ pub struct Capabilities {
     pub message_ids: bool,
 }
 
+impl Capabilities {
+    /// Those of a store that keeps all that there is to keep.
+    ///
+    /// ```
+    /// use outbox_core::{Capabilities, MemoryStore, Ordering, OutboxStore};
+    ///
+    /// let can = MemoryStore::default().capabilities();
+    /// assert_eq!(can, Capabilities::all("memory", can.shards, Ordering::Insert));
+    /// ```
+    #[must_use]
+    pub const fn all(name: &'static str, shards: u16, ordering: Ordering) -> Self {
+        Self {
+            name,
+            shards,
+            ordering,
+            keys: true,
+            fixed_topic: None,
+            headers: true,
+            content_types: true,
+            tombstones: true,
+            any_bytes: true,
+            message_ids: true,
+        }
+    }
+}
+
 /// A count that may be cheaper than exact.
 ///
 /// ```
@@ -286,6 +312,23 @@ impl Count {
             Self::Exact(rows)
         } else {
             Self::AtLeast(rows)
+        }
+    }
+
+    /// Of what was found by looking, at all that there is or not.
+    ///
+    /// ```
+    /// use outbox_core::Count;
+    ///
+    /// assert_eq!(Count::found(7, true), Count::Exact(7));
+    /// assert_eq!(Count::found(7, false), Count::AtLeast(7));
+    /// ```
+    #[must_use]
+    pub const fn found(matching: u64, complete: bool) -> Self {
+        if complete {
+            Self::Exact(matching)
+        } else {
+            Self::AtLeast(matching)
         }
     }
 

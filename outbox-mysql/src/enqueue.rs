@@ -10,7 +10,7 @@ use sqlx::{Executor, Transaction};
 
 use crate::config::MysqlConfig;
 use crate::error::During;
-use crate::row::{key, micros, number, text, time};
+use crate::row::{bytes, micros, number, text, time};
 use crate::session::run;
 use crate::sql::{SAVEPOINT, Sql, Statement};
 
@@ -168,7 +168,7 @@ impl MysqlOutbox {
             for row in &drawn.fetch_all(&mut *connection).await.during(DURING)? {
                 let name = (
                     text(row, 0).during(DURING)?.unwrap_or_default().to_owned(),
-                    key(row, 1).during(DURING)?.to_vec(),
+                    bytes(row, 1).during(DURING)?.unwrap_or_default().to_vec(),
                 );
                 numbers.0.insert(name, number(row, 2).during(DURING)?);
             }

@@ -1,9 +1,9 @@
 //! Holds as rows.
 
-use outbox_core::{Hold, HoldName, HoldScope, HoldState, OrderKey, Position, RecordRef};
+use outbox_core::{Hold, HoldName, HoldScope, HoldState, Position, RecordRef};
 use sqlx::mysql::MySqlRow;
 
-use crate::row::{flag, key, message_id, number, shard, span, text};
+use crate::row::{bytes, flag, message_id, number, shard, text};
 use crate::sql::Field;
 
 /// The name of a hold in a list.
@@ -37,22 +37,12 @@ pub(crate) fn whole<'h>(name: HoldName<'h>, hold: &'h Hold) -> [Field<'h>; 11] {
 }
 
 pub(crate) fn read_hold(row: &MySqlRow) -> sqlx::Result<Hold> {
-    let topic = text(row, 2)?.unwrap_or_default();
-    let scope = match text(row, 1)? {
-        Some("topic") => HoldScope::Topic(topic.into()),
-        Some("key") => HoldScope::Key(OrderKey {
-            topic: topic.into(),
-            key: key(row, 3)?,
-        }),
-        _ => HoldScope::Message,
-    };
-    let state = if flag(row, 7)? {
-        HoldState::Parked
-    } else {
-        HoldState::Retrying {
-            due_in: span(row, 8)?.unwrap_or_default(),
-        }
-    };
+    let (scope, topic, key) = (text(row, 1)?, text(row, 2)?, bytes(row, 3)?);
+    let scope = HoldScope::named(
+        scope.unwrap_or_default(),
+        topic.unwrap_or_default(),
+        &key.unwrap_or_default(),
+    );
     Ok(Hold {
         shard: shard(row, 0)?,
         scope,
@@ -61,7 +51,7 @@ pub(crate) fn read_hold(row: &MySqlRow) -> sqlx::Result<Hold> {
             id: message_id(row, 5)?,
         },
         attempts: u32::try_from(number(row, 6)?).unwrap_or(u32::MAX),
-        state,
+        state: HoldState::read(flag(row, 7)?, number(row, 8)?),
         reason: text(row, 9)?.unwrap_or_default().to_owned(),
     })
 }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use outbox_core::{
     Count, Facts, Inspection, MAX_PLACES, Message, MessageId, Ordering, Place, Position, Result, Standing,
-    Subject, shard_of,
+    Subject,
 };
 use sqlx::mysql::MySqlRow;
 
@@ -74,15 +74,7 @@ impl MysqlStore {
         subject: &Subject,
         bound: usize,
     ) -> Result<(Count, bool, Vec<Standing>)> {
-        let (own, most) = match subject {
-            // The id decides only where there is no key.
-            Subject::Key(key) => {
-                let id = MessageId::from_bytes([0; 16]);
-                (Some(shard_of(Some(&key.key), id, self.config.shards)), 1)
-            }
-            Subject::Message(_) => (None, MAX_PLACES),
-            Subject::Topic(_) => (None, 1),
-        };
+        let (own, most) = (subject.shard(self.config.shards), subject.places());
         let told = session.run(self.sql.search(subject, own, bound, most)).await?;
         let counts = told.row(0).during(DURING)?;
         let (seen, meant) = (count(counts, 0).during(DURING)?, count(counts, 1).during(DURING)?);
@@ -96,12 +88,7 @@ impl MysqlStore {
             };
             found.push(standing(row, 3, place).during(DURING)?);
         }
-        let backlog = if complete {
-            Count::Exact(meant)
-        } else {
-            Count::AtLeast(meant)
-        };
-        Ok((backlog, complete, found))
+        Ok((Count::found(meant, complete), complete, found))
     }
 
     /// Searches the other tables for an id; says whether all was looked at.
@@ -149,13 +136,9 @@ impl MysqlStore {
 /// What is told of the message that begins at a column.
 fn standing(row: &MySqlRow, first: usize, place: Place) -> sqlx::Result<Standing> {
     let (parts, _) = Rows::default().parts(row, first)?;
-    let message = Message::from_stored(parts);
-    Ok(Standing {
-        id: message.id(),
-        topic: message.topic().into(),
-        key: message.order_key(),
-        key_seq: optional_number(row, first + 8)?,
-        created_at: message.created_at(),
+    Ok(Standing::of(
+        &Message::from_stored(parts),
+        optional_number(row, first + 8)?,
         place,
-    })
+    ))
 }

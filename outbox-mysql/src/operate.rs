@@ -4,9 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldRef, HoldScope, Message,
-    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard,
-    millis,
+    DeadLetter, DeadLetterQuery, DeadLetters, Hold, HoldRef, Message, OwnedShard, Parking, Position,
+    Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard, millis,
 };
 use sqlx::mysql::MySqlRow;
 
@@ -86,14 +85,7 @@ impl Parking for MysqlStore {
 
     async fn bury(&self, hold: &HoldRef) -> Result<bool> {
         const DURING: &str = "bury";
-        if let HoldScope::Topic(topic) = &hold.scope {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                DURING,
-                "a topic is parked for all its messages, not for one that could be buried: resume it",
-            )
-            .with("topic", topic));
-        }
+        hold.check_buriable()?;
         let buried = self.control.run(DURING, self.sql.bury(hold)).await?;
         Ok(!buried.rows(1).is_empty())
     }

@@ -73,18 +73,7 @@ impl MysqlStore {
 #[async_trait]
 impl OutboxStore for MysqlStore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "mysql",
-            shards: self.config.shards,
-            ordering: self.config.ordering,
-            keys: true,
-            fixed_topic: None,
-            headers: true,
-            content_types: true,
-            tombstones: true,
-            any_bytes: true,
-            message_ids: true,
-        }
+        Capabilities::all("mysql", self.config.shards, self.config.ordering)
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use outbox_core::{
     Count, Facts, Inspection, MAX_PLACES, Message, MessageId, Ordering, Place, Position, Result, Shard,
-    Standing, Subject, shard_of,
+    Standing, Subject,
 };
 use sqlx::postgres::PgRow;
 
@@ -73,19 +73,16 @@ impl PostgresStore {
         subject: &Subject,
         bound: usize,
     ) -> Result<(Count, bool, Vec<Standing>)> {
-        let all = || {
-            (0..self.config.shards)
+        let shards: Vec<i16> = match subject.shard(self.config.shards) {
+            Some(own) => vec![small(own)],
+            None => (0..self.config.shards)
                 .map(|number| small(Shard(number)))
-                .collect()
+                .collect(),
         };
-        let (id, topic, key, shards, most): (_, _, _, Vec<i16>, _) = match subject {
-            Subject::Message(id) => (Some(id.as_uuid()), None, None, all(), MAX_PLACES),
-            Subject::Key(key) => {
-                // The id decides only where there is no key.
-                let own = shard_of(Some(&key.key), MessageId::from_bytes([0; 16]), self.config.shards);
-                (None, Some(&*key.topic), Some(&key.key[..]), vec![small(own)], 1)
-            }
-            Subject::Topic(topic) => (None, Some(&**topic), None, all(), 1),
+        let (id, topic, key) = match subject {
+            Subject::Message(id) => (Some(id.as_uuid()), None, None),
+            Subject::Key(key) => (None, Some(&*key.topic), Some(&key.key[..])),
+            Subject::Topic(topic) => (None, Some(&**topic), None),
         };
         let each = (bound / shards.len().max(1)).max(bound.min(EACH));
         let query = self
@@ -98,7 +95,7 @@ impl PostgresStore {
             .bind(id)
             .bind(topic)
             .bind(key)
-            .bind(limit(most));
+            .bind(limit(subject.places()));
         let rows = session.rows(query).await?;
         let (mut matching, mut complete, mut found) = (0, true, Vec::new());
         for row in &rows {
@@ -113,12 +110,7 @@ impl PostgresStore {
                 found.push(standing(row, 5, place).during(DURING)?);
             }
         }
-        let backlog = if complete {
-            Count::Exact(matching)
-        } else {
-            Count::AtLeast(matching)
-        };
-        Ok((backlog, complete, found))
+        Ok((Count::found(matching, complete), complete, found))
     }
 
     /// Searches the other tables for an id; says whether all was looked at.
@@ -168,13 +160,9 @@ impl PostgresStore {
 /// What is told of the message that begins at a column.
 fn standing(row: &PgRow, first: usize, place: Place) -> sqlx::Result<Standing> {
     let (parts, _) = Rows::default().parts(row, first)?;
-    let message = Message::from_stored(parts);
-    Ok(Standing {
-        id: message.id(),
-        topic: message.topic().into(),
-        key: message.order_key(),
-        key_seq: optional_number(row, first + 7)?,
-        created_at: message.created_at(),
+    Ok(Standing::of(
+        &Message::from_stored(parts),
+        optional_number(row, first + 7)?,
         place,
-    })
+    ))
 }

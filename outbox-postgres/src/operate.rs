@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldName, HoldRef, HoldScope, Message,
-    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, millis,
+    DeadLetter, DeadLetterQuery, DeadLetters, Hold, HoldName, HoldRef, Message, OwnedShard, Parking,
+    Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, millis,
 };
 use sqlx::Row;
 use sqlx::postgres::PgRow;
@@ -124,14 +124,7 @@ impl Parking for PostgresStore {
 
     async fn bury(&self, hold: &HoldRef) -> Result<bool> {
         const DURING: &str = "bury";
-        if let HoldScope::Topic(topic) = &hold.scope {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                DURING,
-                "a topic is parked for all its messages, not for one that could be buried: resume it",
-            )
-            .with("topic", topic));
-        }
+        hold.check_buriable()?;
         let name = HoldName::new(hold.shard, &hold.scope, hold.head);
         let mut session = self.control.begin(DURING).await?;
         let parked = session

@@ -1,18 +1,15 @@
 //! Reading stored messages. A row that nobody could have enqueued becomes a record with a defect, never an error.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use outbox_core::{Headers, Message, MessageId, Parts, Position, Record, Shard};
+use outbox_core::{Message, MessageId, Parts, Position, Record, Shard, StoredMessage, StoredMessages};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-/// Reads rows of messages; neighbours of one topic share its name.
+/// Reads rows of messages.
 #[derive(Debug, Default)]
-pub(crate) struct Rows {
-    topic: Option<Arc<str>>,
-}
+pub(crate) struct Rows(StoredMessages);
 
 impl Rows {
     /// The record in a row of `shard, id, message, key_seq`, from the column `first` on.
@@ -30,33 +27,16 @@ impl Rows {
 
     /// The message that begins at column `first`, and what is wrong with it.
     pub(crate) fn parts(&mut self, row: &PgRow, first: usize) -> sqlx::Result<(Parts, Option<String>)> {
-        let mut defect = None;
-        let topic = text(row, first + 1)?.unwrap_or_default();
-        let topic = match &self.topic {
-            Some(known) if **known == *topic => Arc::clone(known),
-            _ => Arc::clone(self.topic.insert(topic.into())),
-        };
-        let headers = match text(row, first + 4)? {
-            Some(stored) => Headers::decode(stored.as_bytes()).unwrap_or_else(|error| {
-                defect = Some(error.to_string());
-                Headers::new()
-            }),
-            None => Headers::new(),
-        };
-        let parts = Parts {
-            id: message_id(row, first)?,
-            topic,
+        Ok(self.0.parts(StoredMessage {
+            id: Some(message_id(row, first)?),
+            topic: text(row, first + 1)?.unwrap_or_default(),
             key: bytes(row, first + 2)?,
             payload: bytes(row, first + 3)?,
-            headers,
-            content_type: text(row, first + 5)?.map(Arc::from),
+            headers: text(row, first + 4)?.map(str::as_bytes),
+            content_type: text(row, first + 5)?,
             created_at: time(row, first + 6)?,
-            deliver_at: None,
-        };
-        if defect.is_none() {
-            defect = parts.check().err().map(|error| error.to_string());
-        }
-        Ok((parts, defect))
+            defect: None,
+        }))
     }
 }
 
@@ -79,7 +59,7 @@ fn fixed<const N: usize>(row: &PgRow, column: usize) -> sqlx::Result<Option<[u8;
         .transpose()
 }
 
-fn bytes(row: &PgRow, column: usize) -> sqlx::Result<Option<Bytes>> {
+pub(crate) fn bytes(row: &PgRow, column: usize) -> sqlx::Result<Option<Bytes>> {
     Ok(raw(row, column)?.map(Bytes::copy_from_slice))
 }
 
@@ -114,11 +94,6 @@ pub(crate) fn flag(row: &PgRow, column: usize) -> sqlx::Result<bool> {
 
 pub(crate) fn message_id(row: &PgRow, column: usize) -> sqlx::Result<MessageId> {
     Ok(MessageId::from_bytes(fixed(row, column)?.unwrap_or_default()))
-}
-
-/// A key as a hold has it: never absent.
-pub(crate) fn key(row: &PgRow, column: usize) -> sqlx::Result<Bytes> {
-    Ok(bytes(row, column)?.unwrap_or_default())
 }
 
 /// Milliseconds as a span; what is over is nothing.

@@ -115,18 +115,7 @@ impl PostgresStore {
 #[async_trait]
 impl OutboxStore for PostgresStore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "postgres",
-            shards: self.config.shards,
-            ordering: self.config.ordering,
-            keys: true,
-            fixed_topic: None,
-            headers: true,
-            content_types: true,
-            tombstones: true,
-            any_bytes: true,
-            message_ids: true,
-        }
+        Capabilities::all("postgres", self.config.shards, self.config.ordering)
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {

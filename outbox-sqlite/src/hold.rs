@@ -1,8 +1,6 @@
 //! Holds as rows.
 
-use std::time::Duration;
-
-use outbox_core::{Hold, HoldName, HoldScope, HoldState, OrderKey, Position, RecordRef};
+use outbox_core::{Hold, HoldName, HoldScope, HoldState, Position, RecordRef};
 use rusqlite::types::Type;
 use rusqlite::{Connection, Row, Transaction, params};
 
@@ -41,24 +39,10 @@ pub(crate) fn list_holds(
 }
 
 fn read_hold(row: &Row<'_>) -> rusqlite::Result<Hold> {
-    let topic: String = row.get(1)?;
-    let scope = match row.get_ref(0)?.as_str()? {
-        "topic" => HoldScope::Topic(topic.into()),
-        "key" => HoldScope::Key(OrderKey {
-            topic: topic.into(),
-            key: bytes(row.get_ref(2)?).unwrap_or_default(),
-        }),
-        _ => HoldScope::Message,
-    };
+    let (scope, topic, key) = (row.get_ref(0)?, row.get_ref(1)?, bytes(row.get_ref(2)?));
+    let scope = HoldScope::named(scope.as_str()?, topic.as_str()?, &key.unwrap_or_default());
     let id = message_id(row.get_ref(4)?)
         .ok_or_else(|| rusqlite::Error::InvalidColumnType(4, "head_message_id".into(), Type::Blob))?;
-    let state = if row.get(6)? {
-        HoldState::Parked
-    } else {
-        HoldState::Retrying {
-            due_in: Duration::from_millis(row.get::<_, i64>(7)?.max(0).unsigned_abs()),
-        }
-    };
     Ok(Hold {
         shard: SHARD,
         scope,
@@ -67,7 +51,7 @@ fn read_hold(row: &Row<'_>) -> rusqlite::Result<Hold> {
             id,
         },
         attempts: row.get(5)?,
-        state,
+        state: HoldState::read(row.get(6)?, row.get(7)?),
         reason: row.get(8)?,
     })
 }

@@ -89,28 +89,20 @@ impl Look<'_> {
             Subject::Key(key) => (None, Some(&*key.topic), Some(&key.key[..])),
             Subject::Topic(topic) => (None, Some(&**topic), None),
         };
-        let most = match subject {
-            Subject::Message(_) => MAX_PLACES,
-            Subject::Key(_) | Subject::Topic(_) => 1,
-        };
         let mut statement = self.transaction.prepare_cached(&self.sql.search)?;
         let mut rows = statement.query(params![self.bound, id, topic, key])?;
         let (mut seen, mut matching, mut found) = (0, 0, Vec::new());
         while let Some(row) = rows.next()? {
             if row.get(1)? {
                 matching += 1;
-                if found.len() < most {
+                if found.len() < subject.places() {
                     found.push(self.standing_at(row.get(0)?, seen)?);
                 }
             }
             seen += 1;
         }
         let complete = seen < self.bound.unsigned_abs();
-        let backlog = match complete {
-            true => Count::Exact(matching),
-            false => Count::AtLeast(matching),
-        };
-        Ok((backlog, complete, found))
+        Ok((Count::found(matching, complete), complete, found))
     }
 
     /// The message at a position, before which `ahead` others stand.
@@ -182,14 +174,10 @@ impl Look<'_> {
     fn standing(&self, row: &Row<'_>, place: Place) -> rusqlite::Result<Standing> {
         let mut rows = Rows::new(self.sequenced);
         let (parts, _) = rows.parts(row, 1)?;
-        let message = Message::from_stored(parts);
-        Ok(Standing {
-            id: message.id(),
-            topic: message.topic().into(),
-            key: message.order_key(),
-            key_seq: rows.key_seq(row, 8),
-            created_at: message.created_at(),
+        Ok(Standing::of(
+            &Message::from_stored(parts),
+            rows.key_seq(row, 8),
             place,
-        })
+        ))
     }
 }

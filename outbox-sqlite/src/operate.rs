@@ -5,9 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Error, ErrorKind, Hold, HoldName, HoldRef, HoldScope, Message,
-    MessageId, Ordering, OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention,
-    Scheduled, Shard,
+    DeadLetter, DeadLetterQuery, DeadLetters, Hold, HoldName, HoldRef, Message, MessageId, Ordering,
+    OwnedShard, Parking, Position, Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard,
 };
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 
@@ -157,14 +156,7 @@ impl Parking for SqliteStore {
     }
 
     async fn bury(&self, hold: &HoldRef) -> Result<bool> {
-        if let HoldScope::Topic(topic) = &hold.scope {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "bury",
-                "a topic is parked for all its messages, not for one that could be buried: resume it",
-            )
-            .with("topic", topic));
-        }
+        hold.check_buriable()?;
         let hold = hold.clone();
         self.operate("bury", move |transaction, sql| {
             let name = HoldName::new(hold.shard, &hold.scope, hold.head);

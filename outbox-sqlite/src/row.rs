@@ -1,28 +1,27 @@
 //! Reading stored messages. A row that nobody could have enqueued becomes a record with a defect, never an error.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use outbox_core::{Error, Headers, Message, MessageId, Parts, Position, Record, Shard};
+use outbox_core::{Message, MessageId, Parts, Position, Record, Shard, StoredMessage, StoredMessages};
 use rusqlite::Row;
 use rusqlite::types::ValueRef;
 
 /// The only shard.
 pub(crate) const SHARD: Shard = Shard(0);
 
-/// Reads rows of `id, message, key_seq`; neighbours of one topic share its name.
+/// Reads rows of `id, message, key_seq`.
 #[derive(Debug)]
 pub(crate) struct Rows {
-    topic: Option<Arc<str>>,
+    messages: StoredMessages,
     /// Whether numbers are of ours and not written by hand.
     sequenced: bool,
 }
 
 impl Rows {
-    pub(crate) const fn new(sequenced: bool) -> Self {
+    pub(crate) fn new(sequenced: bool) -> Self {
         Self {
-            topic: None,
+            messages: StoredMessages::default(),
             sequenced,
         }
     }
@@ -55,59 +54,49 @@ impl Rows {
             defect.get_or_insert_with(|| text.to_owned());
         };
 
-        let id = message_id(row.get_ref(first)?).unwrap_or_else(|| {
+        let id = message_id(row.get_ref(first)?);
+        if id.is_none() {
             wrong("the message id is not a BLOB of 16 bytes");
-            MessageId::from_bytes([0; 16])
-        });
+        }
         let topic = text(row.get_ref(first + 1)?).unwrap_or_else(|| {
             wrong("the topic is not text");
             ""
         });
-        let topic = match &self.topic {
-            Some(known) if **known == *topic => Arc::clone(known),
-            _ => Arc::clone(self.topic.insert(topic.into())),
-        };
-        let headers = match bytes(row.get_ref(first + 4)?) {
-            Some(stored) => Headers::decode(&stored).unwrap_or_else(|error| {
-                wrong(&error.to_string());
-                Headers::new()
-            }),
-            None => Headers::new(),
-        };
         let content_type = match row.get_ref(first + 5)? {
             ValueRef::Null => None,
-            value => Some(Arc::from(text(value).unwrap_or_else(|| {
+            value => Some(text(value).unwrap_or_else(|| {
                 wrong("the content type is not text");
                 "application/octet-stream"
-            }))),
+            })),
         };
         let created_at = match row.get_ref(first + 6)? {
             ValueRef::Integer(millis) => time(millis),
             _ => None,
         };
-        let parts = Parts {
+        Ok(self.messages.parts(StoredMessage {
             id,
             topic,
             key: bytes(row.get_ref(first + 2)?),
             payload: bytes(row.get_ref(first + 3)?),
-            headers,
+            headers: raw(row.get_ref(first + 4)?),
             content_type,
             created_at,
-            deliver_at: None,
-        };
-        if defect.is_none() {
-            defect = parts.check().err().map(|error: Error| error.to_string());
-        }
-        Ok((parts, defect))
+            defect,
+        }))
+    }
+}
+
+/// The bytes of a text or a BLOB, where they are.
+const fn raw(value: ValueRef<'_>) -> Option<&[u8]> {
+    match value {
+        ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Some(bytes),
+        _ => None,
     }
 }
 
 /// Bytes that were cast to a BLOB.
 pub(crate) fn bytes(value: ValueRef<'_>) -> Option<Bytes> {
-    match value {
-        ValueRef::Blob(bytes) | ValueRef::Text(bytes) => Some(Bytes::copy_from_slice(bytes)),
-        _ => None,
-    }
+    raw(value).map(Bytes::copy_from_slice)
 }
 
 /// A message id, if that is what the value is.

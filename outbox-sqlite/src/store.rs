@@ -90,18 +90,7 @@ impl SqliteStore {
 #[async_trait]
 impl OutboxStore for SqliteStore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "sqlite",
-            shards: 1,
-            ordering: self.config.ordering,
-            keys: true,
-            fixed_topic: None,
-            headers: true,
-            content_types: true,
-            tombstones: true,
-            any_bytes: true,
-            message_ids: true,
-        }
+        Capabilities::all("sqlite", 1, self.config.ordering)
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {

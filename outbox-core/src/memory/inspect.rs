@@ -26,13 +26,9 @@ impl Inspection for MemoryStore {
             .take(bound)
             .filter(|(_, (_, row))| matches(subject, &row.message))
             .collect();
-        let most = match subject {
-            Subject::Message(_) => MAX_PLACES,
-            Subject::Key(_) | Subject::Topic(_) => 1,
-        };
         let mut found: Vec<Standing> = matching
             .iter()
-            .take(most)
+            .take(subject.places())
             .map(|(_, (position, row))| in_outbox(&state, **position, row))
             .collect();
         if let Subject::Message(id) = subject {
@@ -49,10 +45,7 @@ impl Inspection for MemoryStore {
         Ok(Facts {
             now,
             found,
-            backlog: match state.rows.len() <= bound {
-                true => Count::Exact(count),
-                false => Count::AtLeast(count),
-            },
+            backlog: Count::found(count, state.rows.len() <= bound),
             holds,
             last_seq,
             leases: state.leases.status(millis),
@@ -78,7 +71,7 @@ fn in_outbox(state: &State, position: Position, row: &Row) -> Standing {
         position,
         ahead: Count::Exact(u64::try_from(ahead).unwrap_or(u64::MAX)),
     };
-    standing(&row.message, row.key_seq, place)
+    Standing::of(&row.message, row.key_seq, place)
 }
 
 /// The places of a message that is not in the outbox, or not only there.
@@ -92,7 +85,7 @@ fn elsewhere(state: &State, id: MessageId, bound: usize) -> Vec<Standing> {
                 shard: *shard,
                 due: *due,
             };
-            standing(message, None, place)
+            Standing::of(message, None, place)
         });
     let processed = state.processed.iter().rev().take(bound);
     let processed = processed.map(|((at, position), message)| {
@@ -100,7 +93,7 @@ fn elsewhere(state: &State, id: MessageId, bound: usize) -> Vec<Standing> {
             position: *position,
             at: *at,
         };
-        standing(message, None, place)
+        Standing::of(message, None, place)
     });
     let dead = state.dead.values().map(|(_, letter)| {
         let place = Place::Dead {
@@ -109,7 +102,7 @@ fn elsewhere(state: &State, id: MessageId, bound: usize) -> Vec<Standing> {
             reason: letter.reason.clone(),
             at: letter.died_at,
         };
-        standing(&letter.message, letter.key_seq, place)
+        Standing::of(&letter.message, letter.key_seq, place)
     });
     let own = |standing: &Standing| standing.id == id;
     scheduled
@@ -118,15 +111,4 @@ fn elsewhere(state: &State, id: MessageId, bound: usize) -> Vec<Standing> {
         .chain(processed.filter(own).take(MAX_PLACES))
         .chain(dead.filter(own).take(MAX_PLACES))
         .collect()
-}
-
-fn standing(message: &Message, key_seq: Option<i64>, place: Place) -> Standing {
-    Standing {
-        id: message.id(),
-        topic: message.topic().into(),
-        key: message.order_key(),
-        key_seq,
-        created_at: message.created_at(),
-        place,
-    }
 }

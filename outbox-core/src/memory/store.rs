@@ -218,18 +218,7 @@ impl Default for MemoryStore {
 #[async_trait]
 impl OutboxStore for MemoryStore {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "memory",
-            shards: self.inner.config.shards,
-            ordering: self.inner.config.ordering,
-            keys: true,
-            fixed_topic: None,
-            headers: true,
-            content_types: true,
-            tombstones: true,
-            any_bytes: true,
-            message_ids: true,
-        }
+        Capabilities::all("memory", self.inner.config.shards, self.inner.config.ordering)
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
