@@ -264,8 +264,8 @@ const MYSQL_LIMITS: &str = "
 ### MySQL: what limits it
 
 - **drain**: the server's own work. Sampled at 13,800 messages/s, with settlements of 1,000 rows (`perf record -a`), MySQL \
-  had 60% of the cores (its sessions 41, the purge of deleted rows 16, the writing of pages 3), the relay 11, librdkafka in \
-  its process 5, the broker 9, and 11 were idle. By the server's own counts of that drain (statement digests) a deleted row \
+  had 60% of the cores (its sessions 41, the purge of deleted rows 16, the writing of pages 3), the relay and the benchmark 11, \
+  librdkafka 5, the broker 9, and 11 were idle. By the server's own counts of another such drain (statement digests) a deleted row \
   took 46 µs, a read one 26 µs beside it, and a commit 13 ms, in which the binary log and the redo log wait for the disk: \
   settlements of 2,000 rows, as they are now, wait half as often.
 ";

@@ -11,15 +11,18 @@ use crate::message::{MessageId, Parts};
 /// What a store has of a message, column by column.
 ///
 /// ```
-/// use outbox_core::{StoredMessage, StoredMessages};
+/// use outbox_core::{MessageId, StoredMessage, StoredMessages};
 ///
-/// let stored = StoredMessage { topic: "orders", ..StoredMessage::default() };
+/// let stored = StoredMessage { id: Some(MessageId::new()), topic: "orders", ..StoredMessage::default() };
 /// let (parts, defect) = StoredMessages::default().parts(stored);
 /// assert_eq!((&*parts.topic, defect), ("orders", None));
+///
+/// let nameless = StoredMessage { topic: "orders", ..StoredMessage::default() };
+/// assert!(StoredMessages::default().parts(nameless).1.is_some());
 /// ```
 #[derive(Debug, Default)]
 pub struct StoredMessage<'r> {
-    /// As [`Parts::id`]; none where there is none that can be read.
+    /// As [`Parts::id`]; none where there is none that can be read, which is a defect.
     pub id: Option<MessageId>,
     /// As [`Parts::topic`].
     pub topic: &'r str,
@@ -60,6 +63,9 @@ impl StoredMessages {
             _ => Arc::clone(self.topic.insert(stored.topic.into())),
         };
         let mut defect = stored.defect;
+        if stored.id.is_none() {
+            defect.get_or_insert_with(|| "it has no message id that can be read".to_owned());
+        }
         let headers = stored.headers.map_or_else(Headers::new, |headers| {
             Headers::decode(headers).unwrap_or_else(|error| {
                 defect.get_or_insert_with(|| error.to_string());
