@@ -364,12 +364,13 @@ impl Sql {
                 epoch: part.epoch,
             })
             .collect();
+        // Not `SET … = (SELECT …)`: that would lock the leases of all others as well, which are looked at one by one.
         let mut script = format!(
-            "{}; SET @outbox_held = (SELECT COUNT(*) FROM {} l WHERE {}) = {}",
+            "{}; SELECT COUNT(*) = {} INTO @outbox_held FROM {} l WHERE {}",
             self.fenced(relay, &owned),
+            owned.len(),
             self.lease,
             Self::fence(relay, &owned),
-            owned.len()
         );
         self.delivered(&mut script, settlement);
         self.buried(&mut script, settlement);

@@ -46,6 +46,7 @@ on_each_server!(
     a_silent_network_fails_each_call_in_time,
     forgotten_connections_are_replaced,
     a_statement_that_waits_for_a_lock_ends_in_time,
+    a_settlement_waits_for_no_lease_of_others,
     a_deadlock_is_none_of_the_callers_business,
     a_relay_goes_on_by_itself_after_crashes_of_the_server,
     a_server_that_takes_no_writes_is_waited_for,
@@ -905,6 +906,35 @@ async fn a_statement_that_waits_for_a_lock_ends_in_time(server: Server) {
     }
     place.lease().await;
     place.store.settle(&settlement).await.unwrap();
+    assert_eq!(place.number("SELECT COUNT(*) FROM {}").await, 0);
+}
+
+/// Leases that are none of its own are let alone, even looked at: another relay may just be renewing them.
+async fn a_settlement_waits_for_no_lease_of_others(server: Server) {
+    let place = Place::with(server, |config| config.statement_timeout = Duration::from_secs(3)).await;
+    place.enqueue(&[message("t", Some("k"), "p")]).await;
+    let owned = place.lease().await;
+    let records = place.fetch(10_000).await;
+    // So many that a server might as well go through all leases.
+    let message_in = records[0].shard;
+    let is_named = |shard: Shard| shard == message_in || shard.0 % 3 > 0;
+    let mut parts = delivered(&owned, &records);
+    let named = owned
+        .iter()
+        .filter(|lease| lease.shard != message_in && is_named(lease.shard));
+    parts.extend(named.map(|lease| ShardSettlement::new(lease.shard, lease.epoch)));
+    let mut renewing = begin(&place.pool).await.unwrap();
+    for other in owned.iter().filter(|lease| !is_named(lease.shard)) {
+        // One by one: a range would lock what lies between.
+        let lock = place.named(&format!(
+            "SELECT * FROM {{_lease}} WHERE shard = {} FOR UPDATE",
+            other.shard
+        ));
+        renewing.execute(AssertSqlSafe(lock)).await.unwrap();
+    }
+    let settlement = place.settlement(parts);
+    assert_eq!(place.store.settle(&settlement).await.unwrap().lost, []);
+    renewing.rollback().await.unwrap();
     assert_eq!(place.number("SELECT COUNT(*) FROM {}").await, 0);
 }
 
