@@ -13,6 +13,7 @@ use outbox::kafka::rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRec
 use outbox::sqlite::rusqlite::{OptionalExtension, params};
 use tokio::time::sleep;
 
+use crate::mongo::MongoQueue;
 use crate::place::{self, Spec};
 use crate::process::{System, Task};
 use crate::queue::{MysqlQueue, PostgresQueue, Queue, Waiting};
@@ -27,6 +28,7 @@ pub(crate) async fn run(task: &Task, word: Word) -> Outcome<()> {
     match &task.spec {
         Spec::Postgres { .. } => run_in::<PostgresQueue>(task, word).await,
         Spec::Mysql { .. } => run_in::<MysqlQueue>(task, word).await,
+        Spec::Mongo { .. } => run_in::<MongoQueue>(task, word).await,
         Spec::Sqlite { path } => delete_one_by_one(task, path, word).await,
         Spec::Memory { .. } => Err("another process cannot read this one's memory".into()),
     }

@@ -30,6 +30,7 @@ pub(crate) async fn describe(server: &Server, relay: &str) -> Outcome<Machine> {
         load: load.split(' ').take(3).collect::<Vec<_>>().join(" "),
         postgres: server.postgres().await?,
         mysql: server.mysql().await?,
+        mongo: server.mongo().await?,
         kafka: Kafka {
             // Kafka's protocol does not tell its version; scripts/bench does, of the one that scripts/services starts.
             version: std::env::var("OUTBOX_BENCH_KAFKA_VERSION")

@@ -15,6 +15,7 @@ mod baseline;
 mod kafka;
 mod ledger;
 mod machine;
+mod mongo;
 mod mysql;
 mod place;
 mod plot;
@@ -75,6 +76,8 @@ struct Options {
     mysql: Option<String>,
     #[arg(long, env = "OUTBOX_TEST_MARIADB", hide = true, hide_env_values = true)]
     mariadb: Option<String>,
+    #[arg(long, env = "OUTBOX_TEST_MONGO", hide = true, hide_env_values = true)]
+    mongo: Option<String>,
     #[arg(long, env = "OUTBOX_TEST_KAFKA", hide = true)]
     kafka: Option<String>,
     /// Files with the ids of the servers' processes, when they run on this machine.
@@ -84,6 +87,8 @@ struct Options {
     mysql_pid: Option<PathBuf>,
     #[arg(long, env = "OUTBOX_TEST_MARIADB_PID", hide = true)]
     mariadb_pid: Option<PathBuf>,
+    #[arg(long, env = "OUTBOX_TEST_MONGO_PID", hide = true)]
+    mongo_pid: Option<PathBuf>,
     #[arg(long, env = "OUTBOX_TEST_KAFKA_PID", hide = true)]
     kafka_pid: Option<PathBuf>,
     /// Passed by cargo bench.
@@ -98,6 +103,7 @@ impl Options {
             Store::Postgres => (self.postgres.as_ref(), self.postgres_pid.as_ref()),
             Store::Mysql => (self.mysql.as_ref(), self.mysql_pid.as_ref()),
             Store::Mariadb => (self.mariadb.as_ref(), self.mariadb_pid.as_ref()),
+            Store::Mongo => (self.mongo.as_ref(), self.mongo_pid.as_ref()),
             Store::Sqlite | Store::Memory => (None, None),
         }
     }

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use outbox::mongo::mongodb::{Client, Database as MongoDatabase};
+use outbox::mongo::{MongoConfig, MongoStore};
 use outbox::mysql::{MysqlConfig, MysqlStore};
 use outbox::postgres::sqlx::mysql::{MySqlConnection, MySqlPool, MySqlPoolOptions};
 use outbox::postgres::sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
@@ -15,6 +17,7 @@ use outbox::{Identifier, MemoryStore, Message, OutboxStore};
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{DIGITS, Flow};
+use crate::mongo;
 use crate::mysql;
 use crate::queue::{self, QUEUE};
 use crate::results::{self, Outcome};
@@ -25,6 +28,7 @@ pub(crate) enum Store {
     Postgres,
     Mysql,
     Mariadb,
+    Mongo,
     Sqlite,
     Memory,
 }
@@ -35,6 +39,7 @@ impl Store {
             Self::Postgres => "postgres",
             Self::Mysql => "mysql",
             Self::Mariadb => "mariadb",
+            Self::Mongo => "mongo",
             Self::Sqlite => "sqlite",
             Self::Memory => "memory",
         }
@@ -43,7 +48,7 @@ impl Store {
     /// Whether it is a server's, to which many connect: for these there are baselines that claim.
     pub(crate) const fn is_server(self) -> bool {
         match self {
-            Self::Postgres | Self::Mysql | Self::Mariadb => true,
+            Self::Postgres | Self::Mysql | Self::Mariadb | Self::Mongo => true,
             Self::Sqlite | Self::Memory => false,
         }
     }
@@ -54,14 +59,15 @@ impl Store {
 enum Pool {
     Postgres(PgPool),
     Mysql(MySqlPool),
+    Mongo(Client),
 }
 
 impl Pool {
     async fn connect(store: Store, url: &str, most: u32) -> Outcome<Self> {
-        Ok(if store == Store::Postgres {
-            Self::Postgres(PgPoolOptions::new().max_connections(most).connect(url).await?)
-        } else {
-            Self::Mysql(MySqlPoolOptions::new().max_connections(most).connect(url).await?)
+        Ok(match store {
+            Store::Postgres => Self::Postgres(PgPoolOptions::new().max_connections(most).connect(url).await?),
+            Store::Mongo => Self::Mongo(Client::with_uri_str(url).await?),
+            _ => Self::Mysql(MySqlPoolOptions::new().max_connections(most).connect(url).await?),
         })
     }
 
@@ -71,6 +77,7 @@ impl Pool {
         match self {
             Self::Postgres(pool) => text.execute(pool).await.map(drop)?,
             Self::Mysql(pool) => text.execute(pool).await.map(drop)?,
+            Self::Mongo(_) => return Err("MongoDB knows no SQL".into()),
         }
         Ok(())
     }
@@ -79,6 +86,7 @@ impl Pool {
         match self {
             Self::Postgres(pool) => pool.close().await,
             Self::Mysql(pool) => pool.close().await,
+            Self::Mongo(_) => {}
         }
     }
 }
@@ -111,7 +119,10 @@ impl Server {
                     mysql::check(admin, store).await?;
                 }
                 let name = format!("outbox_bench_{}", std::process::id());
-                admin.run(format!("CREATE DATABASE {name}")).await?;
+                // One of MongoDB's is there as soon as something is in it.
+                if store != Store::Mongo {
+                    admin.run(format!("CREATE DATABASE {name}")).await?;
+                }
                 let url = in_database(url, &name)?;
                 let pool = Pool::connect(store, &url, 48).await?;
                 Some(Database {
@@ -141,6 +152,18 @@ impl Server {
                 let url = url.clone();
                 let spec = Spec::Postgres { url, schema: name };
                 outbox::postgres::migrate(&spec.postgres()?).await?;
+                (spec, Some(pool.clone()))
+            }
+            (
+                Store::Mongo,
+                Some(Database {
+                    pool, url, name: run, ..
+                }),
+            ) => {
+                let database = format!("{run}_{name}");
+                let url = in_database(url, &database)?;
+                let spec = Spec::Mongo { url, database };
+                outbox::mongo::migrate(&spec.mongo()?).await?;
                 (spec, Some(pool.clone()))
             }
             (
@@ -202,6 +225,14 @@ impl Server {
         }
     }
 
+    /// What MongoDB says of itself.
+    pub(crate) async fn mongo(&self) -> Outcome<Option<results::Mongo>> {
+        match self.database.as_ref().map(|database| &database.pool) {
+            Some(Pool::Mongo(client)) => Ok(Some(mongo::describe(client).await?)),
+            _ => Ok(None),
+        }
+    }
+
     /// Nothing of the run stays.
     pub(crate) async fn remove(self) -> Outcome<()> {
         let Some(Database {
@@ -216,6 +247,8 @@ impl Server {
         match &admin {
             Pool::Postgres(_) => admin.run(format!("DROP DATABASE {name} WITH (FORCE)")).await,
             Pool::Mysql(admin) => mysql::drop_all(admin, &name).await,
+            // Each measurement has taken its own away.
+            Pool::Mongo(_) => Ok(()),
         }
     }
 }
@@ -240,6 +273,11 @@ pub(crate) enum Spec {
     },
     /// The URL names the database as well.
     Mysql {
+        url: String,
+        database: String,
+    },
+    /// The URL names the database as well.
+    Mongo {
         url: String,
         database: String,
     },
@@ -270,6 +308,13 @@ impl Spec {
         Ok(MysqlConfig::new(url.clone()))
     }
 
+    pub(crate) fn mongo(&self) -> Outcome<MongoConfig> {
+        let Self::Mongo { url, .. } = self else {
+            return Err("this needs MongoDB".into());
+        };
+        Ok(MongoConfig::new(url.clone()))
+    }
+
     pub(crate) fn sqlite(&self) -> Outcome<SqliteConfig> {
         let Self::Sqlite { path } = self else {
             return Err("this needs SQLite".into());
@@ -281,6 +326,7 @@ impl Spec {
         Ok(match self {
             Self::Postgres { .. } => Arc::new(PostgresStore::connect(self.postgres()?).await?),
             Self::Mysql { .. } => Arc::new(MysqlStore::connect(self.mysql()?).await?),
+            Self::Mongo { .. } => Arc::new(MongoStore::connect(self.mongo()?).await?),
             Self::Sqlite { .. } => Arc::new(SqliteStore::open(self.sqlite()?)?),
             Self::Memory { filled } => {
                 let store = MemoryStore::default();
@@ -307,6 +353,7 @@ impl Spec {
         match self {
             Self::Postgres { schema, .. } => format!("\"{schema}\".\"{name}\""),
             Self::Mysql { database, .. } => format!("`{database}`.`{name}`"),
+            Self::Mongo { .. } => name.to_owned(),
             Self::Sqlite { .. } | Self::Memory { .. } => format!("\"{name}\""),
         }
     }
@@ -337,6 +384,13 @@ impl Place {
         }
     }
 
+    fn mongo(&self) -> Outcome<MongoDatabase> {
+        match (&self.pool, &self.spec) {
+            (Some(Pool::Mongo(client)), Spec::Mongo { database, .. }) => Ok(client.database(database)),
+            _ => Err("this needs MongoDB".into()),
+        }
+    }
+
     /// Of so many producers, how many can commit at once.
     pub(crate) const fn producers(&self, wanted: usize) -> usize {
         if self.pool.is_some() { wanted } else { 1 }
@@ -344,7 +398,10 @@ impl Place {
 
     /// Makes the baselines' table.
     pub(crate) async fn make_queue(&self) -> Outcome<()> {
-        self.pool()?.run(queue::table(&self.spec)?).await
+        match &self.spec {
+            Spec::Mongo { .. } => mongo::make_queue(&self.mongo()?).await,
+            _ => self.pool()?.run(queue::table(&self.spec)?).await,
+        }
     }
 
     /// Enqueues the messages `numbers`, in order, in one transaction.
@@ -355,6 +412,9 @@ impl Place {
         flow: Flow,
         numbers: std::ops::Range<u64>,
     ) -> Outcome<()> {
+        if let Spec::Mongo { .. } = &self.spec {
+            return mongo::fill(&self.mongo()?, table, topic, flow, numbers).await;
+        }
         let (from, to) = (i64::try_from(numbers.start)?, i64::try_from(numbers.end)? - 1);
         let (apart, keys) = (i64::try_from(flow.apart)?, i64::try_from(flow.keys)?);
         let rest = i64::try_from(flow.size - DIGITS)?;
@@ -391,6 +451,7 @@ impl Place {
                 })?;
             }
             Spec::Memory { filled } => *filled = Some((flow, numbers.end, topic.to_owned())),
+            Spec::Mongo { .. } => {}
         }
         Ok(())
     }
@@ -416,7 +477,7 @@ impl Place {
                 tokio::task::block_in_place(|| connect(path)?.query_row(checkpoint, [], |_| Ok(())))?;
                 Ok(())
             }
-            Spec::Memory { .. } => Ok(()),
+            Spec::Mongo { .. } | Spec::Memory { .. } => Ok(()),
         }
     }
 
@@ -440,6 +501,7 @@ impl Place {
             Spec::Sqlite { path } => {
                 tokio::task::block_in_place(|| connect(path)?.query_row(&text, [], |row| row.get(0)))?
             }
+            Spec::Mongo { .. } => return mongo::left(&self.mongo()?, table).await,
             // The memory of another process is out of sight.
             Spec::Memory { .. } => 0,
         };
@@ -451,6 +513,7 @@ impl Place {
         Ok(match &self.spec {
             Spec::Postgres { .. } => Link::Postgres(self.postgres()?.acquire().await?.detach()),
             Spec::Mysql { .. } => Link::Mysql(self.mysql()?.acquire().await?.detach()),
+            Spec::Mongo { .. } => Link::Mongo(Box::new(mongo::Link::new(self.mongo()?))),
             Spec::Sqlite { path } => Link::Sqlite(connect(path)?),
             Spec::Memory { .. } => return Err("another process cannot write into this one's memory".into()),
         })
@@ -463,6 +526,7 @@ impl Place {
         let insert = match &link {
             Link::Postgres(_) => format!("INSERT INTO {table} (topic, key, payload) VALUES ($1, $2, $3)"),
             Link::Mysql(_) => format!("INSERT INTO {table} (topic, `key`, payload) VALUES (?, ?, ?)"),
+            Link::Mongo(_) => table,
             Link::Sqlite(_) => format!("INSERT INTO {table} (topic, key, payload) VALUES (?1, ?2, ?3)"),
         };
         Ok(Producer {
@@ -476,7 +540,10 @@ impl Place {
     /// A transaction that has enqueued a message and does not end.
     pub(crate) async fn writer(&self, topic: &str, flow: Flow, number: u64) -> Outcome<Held> {
         let mut producer = self.producer("outbox", topic, flow).await?;
-        producer.link.run("BEGIN").await?;
+        match &mut producer.link {
+            Link::Mongo(link) => link.begin().await?,
+            link => link.run("BEGIN").await?,
+        }
         producer.commit(number).await?;
         Ok(Held(producer.link))
     }
@@ -484,6 +551,10 @@ impl Place {
     /// A transaction that sees what is committed now, for as long as it lasts.
     pub(crate) async fn snapshot(&self) -> Outcome<Held> {
         let mut link = self.link().await?;
+        if let Link::Mongo(mongo) = &mut link {
+            mongo.look().await?;
+            return Ok(Held(link));
+        }
         link.run(match link {
             Link::Postgres(_) => {
                 "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT count(*) FROM pg_class"
@@ -492,7 +563,7 @@ impl Place {
                 "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
                  START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
             }
-            Link::Sqlite(_) => return Err("this needs a server".into()),
+            Link::Mongo(_) | Link::Sqlite(_) => return Err("this needs a server of SQL".into()),
         })
         .await?;
         Ok(Held(link))
@@ -506,6 +577,7 @@ impl Place {
                     .await
             }
             Spec::Mysql { database, .. } => self.pool()?.run(format!("DROP DATABASE {database}")).await,
+            Spec::Mongo { .. } => Ok(self.mongo()?.drop().await?),
             Spec::Sqlite { path } => {
                 for suffix in ["", "-wal", "-shm"] {
                     let mut name = path.clone().into_os_string();
@@ -522,6 +594,7 @@ impl Place {
 enum Link {
     Postgres(PgConnection),
     Mysql(MySqlConnection),
+    Mongo(Box<mongo::Link>),
     Sqlite(Connection),
 }
 
@@ -531,6 +604,7 @@ impl Link {
         match self {
             Self::Postgres(connection) => raw_sql(text).execute(connection).await.map(drop)?,
             Self::Mysql(connection) => raw_sql(text).execute(connection).await.map(drop)?,
+            Self::Mongo(_) => return Err("MongoDB knows no SQL".into()),
             Self::Sqlite(connection) => connection.execute_batch(text)?,
         }
         Ok(())
@@ -542,7 +616,10 @@ pub(crate) struct Held(Link);
 
 impl Held {
     pub(crate) async fn end(mut self) -> Outcome<()> {
-        self.0.run("COMMIT").await
+        match &mut self.0 {
+            Link::Mongo(link) => link.commit().await,
+            link => link.run("COMMIT").await,
+        }
     }
 }
 
@@ -567,6 +644,10 @@ impl Producer {
             Link::Mysql(connection) => {
                 let insert = query(text).bind(&self.topic).bind(key.as_bytes()).bind(&payload);
                 insert.execute(connection).await?;
+            }
+            Link::Mongo(link) => {
+                let document = mongo::document(&self.insert, &self.topic, self.flow, number);
+                link.insert(&self.insert, document).await?;
             }
             Link::Sqlite(connection) => {
                 tokio::task::block_in_place(|| {

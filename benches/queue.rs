@@ -28,7 +28,9 @@ pub(crate) fn table(spec: &Spec) -> Outcome<String> {
              `key` VARBINARY(1024), payload LONGBLOB, created_at DATETIME(6) NOT NULL DEFAULT (UTC_TIMESTAMP(6)), \
              claimed_at DATETIME(6), processed_at DATETIME(6), KEY waiting (processed_at, id)) ENGINE = InnoDB"
         )),
-        Spec::Sqlite { .. } | Spec::Memory { .. } => Err("this needs a server".into()),
+        Spec::Mongo { .. } | Spec::Sqlite { .. } | Spec::Memory { .. } => {
+            Err("this needs a server of SQL".into())
+        }
     }
 }
 

@@ -34,6 +34,12 @@ const SECTIONS: &[Section] = &[
         limits: "",
     },
     Section {
+        store: "mongo",
+        title: "MongoDB's protocol",
+        targets: &[],
+        limits: "",
+    },
+    Section {
         store: "sqlite",
         title: "SQLite",
         targets: &[],

@@ -26,6 +26,8 @@ pub(crate) struct Machine {
     /// Of MySQL or MariaDB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mysql: Option<Mysql>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mongo: Option<Mongo>,
     pub(crate) kafka: Kafka,
     /// The relay's configuration where it is not the default.
     pub(crate) relay: String,
@@ -61,6 +63,13 @@ impl Mysql {
             "MySQL"
         }
     }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Mongo {
+    pub(crate) product: String,
+    pub(crate) version: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -108,6 +117,9 @@ impl Machine {
                      innodb_buffer_pool_size={buffer_pool}, performance_schema={performance_schema}"
                 ),
             ));
+        }
+        if let Some(Mongo { product, version }) = &self.mongo {
+            lines.push(("MongoDB's protocol", format!("{product} {version}")));
         }
         let Kafka {
             version,

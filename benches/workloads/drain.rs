@@ -13,7 +13,7 @@ const NAIVE: i64 = 100;
 
 pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
     let systems = match bench.server.store {
-        Store::Postgres | Store::Mysql | Store::Mariadb => vec![
+        Store::Postgres | Store::Mysql | Store::Mariadb | Store::Mongo => vec![
             System::Outbox,
             System::Batched(tune(bench, System::Batched).await?),
             System::Locked(tune(bench, System::Locked).await?),
@@ -76,7 +76,7 @@ async fn tune(bench: &mut Bench, system: fn(i64) -> System) -> Outcome<i64> {
     // Where a claim is a transaction of its own that waits for the disk, larger batches may pay.
     let sizes: &[i64] = match bench.server.store {
         Store::Mysql | Store::Mariadb => &[100, 500, 1_000, 2_000, 5_000],
-        Store::Postgres | Store::Sqlite | Store::Memory => &[100, 500, 1_000, 2_000],
+        Store::Postgres | Store::Mongo | Store::Sqlite | Store::Memory => &[100, 500, 1_000, 2_000],
     };
     for &rows in sizes {
         let case = format!("tuning, batch {rows}");

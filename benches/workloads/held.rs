@@ -82,7 +82,7 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
 async fn measure(bench: &mut Bench, case: Case) -> Outcome<Option<f64>> {
     // Enough for the time at the rate of the store: to write more would take longer than to measure.
     let enough = match bench.server.store {
-        Store::Mysql | Store::Mariadb => 1_000_000,
+        Store::Mysql | Store::Mariadb | Store::Mongo => 1_000_000,
         Store::Postgres | Store::Sqlite | Store::Memory => 4_000_000,
     };
     let messages: u64 = bench.size(enough, 60_000);

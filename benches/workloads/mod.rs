@@ -57,7 +57,7 @@ impl Workload {
     /// relay that would help.
     pub(crate) const fn fits(self, store: Store) -> bool {
         match store {
-            Store::Postgres | Store::Mysql | Store::Mariadb => true,
+            Store::Postgres | Store::Mysql | Store::Mariadb | Store::Mongo => true,
             Store::Sqlite => !matches!(self, Self::Relays),
             Store::Memory => matches!(self, Self::Drain | Self::Keys),
         }

@@ -346,6 +346,7 @@ pub(crate) enum ExampleStore {
     Sqlite,
     Postgres,
     Mysql,
+    Mongo,
 }
 
 /// Under what the options stand that all commands have.

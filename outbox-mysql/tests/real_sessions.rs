@@ -917,7 +917,7 @@ async fn a_settlement_waits_for_no_lease_of_others(server: Server) {
     let records = place.fetch(10_000).await;
     // So many that a server might as well go through all leases.
     let message_in = records[0].shard;
-    let is_named = |shard: Shard| shard == message_in || shard.0 % 3 > 0;
+    let is_named = |shard: Shard| shard == message_in || !shard.0.is_multiple_of(3);
     let mut parts = delivered(&owned, &records);
     let named = owned
         .iter()

@@ -21,14 +21,14 @@ pub(crate) async fn run(args: &MigrateArgs) -> Result<Answer> {
     let settings = super::settings(&args.config)?;
     let mut printed = String::new();
     if args.print {
-        printed += &settings.store.migration_sql();
+        printed += &settings.store.migration_script();
     }
     for (role, kind) in [
         (&args.print_grants_to_producer, RoleKind::Produce),
         (&args.print_grants_to_relay, RoleKind::Relay),
     ] {
         if let Some(role) = role {
-            printed += &settings.store.grant_sql(kind, role)?;
+            printed += &settings.store.grant_script(kind, role)?;
         }
     }
     if !printed.is_empty() {

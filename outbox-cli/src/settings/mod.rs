@@ -28,6 +28,7 @@ pub(crate) fn example(store: ExampleStore) -> String {
         ExampleStore::Sqlite => include_str!("example/sqlite.toml"),
         ExampleStore::Postgres => include_str!("example/postgres.toml"),
         ExampleStore::Mysql => include_str!("example/mysql.toml"),
+        ExampleStore::Mongo => include_str!("example/mongo.toml"),
     };
     [
         include_str!("example/head.toml"),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use outbox::OutboxStore;
+use outbox::mongo::{self, MongoConfig, MongoStore};
 use outbox::mysql::{self, MysqlConfig, MysqlStore};
 use outbox::postgres::{self, PostgresConfig, PostgresStore};
 use outbox::sqlite::{self, SqliteConfig, SqliteStore};
@@ -14,7 +15,7 @@ use super::{complain, read_secret, take_type, unknown_type, wrong};
 use crate::exit::{Code, Failure, Result};
 
 /// What `type` may be.
-const EXPECTED: &str = "sqlite, postgres or mysql";
+const EXPECTED: &str = "sqlite, postgres, mysql or mongo";
 
 /// `[store]`
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub(crate) enum StoreSettings {
     Sqlite(SqliteConfig),
     Postgres(PostgresConfig),
     Mysql(MysqlConfig),
+    Mongo(MongoConfig),
 }
 
 /// What a role is for.
@@ -47,6 +49,7 @@ impl StoreSettings {
             "sqlite" => Ok(Self::Sqlite(section(node)?)),
             "postgres" => Ok(Self::Postgres(section(with_url_from_file(node)?)?)),
             "mysql" => Ok(Self::Mysql(section(with_url_from_file(node)?)?)),
+            "mongo" => Ok(Self::Mongo(section(with_url_from_file(node)?)?)),
             other => Err(unknown_type("store", other, EXPECTED)),
         }
     }
@@ -57,6 +60,7 @@ impl StoreSettings {
             Self::Sqlite(config) => Ok(Arc::new(SqliteStore::open(config.clone())?)),
             Self::Postgres(config) => Ok(Arc::new(PostgresStore::connect(config.clone()).await?)),
             Self::Mysql(config) => Ok(Arc::new(MysqlStore::connect(config.clone()).await?)),
+            Self::Mongo(config) => Ok(Arc::new(MongoStore::connect(config.clone()).await?)),
         }
     }
 
@@ -90,20 +94,30 @@ impl StoreSettings {
                     to,
                 })
             }
+            Self::Mongo(config) => {
+                let mongo::Migrated { from, to } = mongo::migrate(config).await?;
+                Ok(Migration {
+                    store: "mongo",
+                    prefix: config.prefix.to_string(),
+                    from,
+                    to,
+                })
+            }
         }
     }
 
-    /// The statements that make the outbox.
-    pub(crate) fn migration_sql(&self) -> String {
+    /// The statements, or the commands, that make the outbox.
+    pub(crate) fn migration_script(&self) -> String {
         match self {
             Self::Sqlite(config) => sqlite::migration_sql(config),
             Self::Postgres(config) => postgres::migration_sql(config),
             Self::Mysql(config) => mysql::migration_sql(config),
+            Self::Mongo(config) => mongo::migration_script(config),
         }
     }
 
     /// What a role needs, in stores that have roles.
-    pub(crate) fn grant_sql(&self, kind: RoleKind, role: &str) -> Result<String> {
+    pub(crate) fn grant_script(&self, kind: RoleKind, role: &str) -> Result<String> {
         match self {
             Self::Sqlite(_) => Err(Failure::new(
                 Code::Usage,
@@ -127,6 +141,13 @@ impl StoreSettings {
                 };
                 Ok(mysql::grant_sql(config, kind, &mysql::Identifier::new(role)?))
             }
+            Self::Mongo(config) => {
+                let kind = match kind {
+                    RoleKind::Produce => mongo::Role::Produce,
+                    RoleKind::Relay => mongo::Role::Relay,
+                };
+                Ok(mongo::grant_script(config, kind, &mongo::Identifier::new(role)?)?)
+            }
         }
     }
 
@@ -136,6 +157,7 @@ impl StoreSettings {
             Self::Sqlite(config) => format!("sqlite {}", config.path.display()),
             Self::Postgres(config) => config.describe(),
             Self::Mysql(config) => config.describe(),
+            Self::Mongo(config) => config.describe(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What is understood, and what is refused how.
 
+use outbox::mongo::MongoConfig;
 use outbox::mysql::MysqlConfig;
 use outbox::postgres::PostgresConfig;
 use outbox::sqlite::SqliteConfig;
@@ -83,11 +84,18 @@ fn the_example_for_mysql_shows_the_defaults() {
     shows_the_defaults(ExampleStore::Mysql, &format!("{default:?}"));
 }
 
+#[test]
+fn the_example_for_mongo_shows_the_defaults() {
+    let default = MongoConfig::new("mongodb://relay@localhost/app");
+    shows_the_defaults(ExampleStore::Mongo, &format!("{default:?}"));
+}
+
 fn shows_the_defaults(store: ExampleStore, default: &str) {
     let example = example(store);
     let store = |text: &str| match load(text, &[]).unwrap().store {
         StoreSettings::Postgres(config) => format!("{config:?}"),
         StoreSettings::Mysql(config) => format!("{config:?}"),
+        StoreSettings::Mongo(config) => format!("{config:?}"),
         other => panic!("{other:?}"),
     };
     let written: String = example

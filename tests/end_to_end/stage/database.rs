@@ -14,6 +14,9 @@ use crate::proof::writer::Producer;
 pub(crate) trait Database: Sync {
     type Producer: Producer;
 
+    /// How many messages are written, unless the environment says otherwise: fewer where the server is slow.
+    const MESSAGES: usize = 20_000;
+
     /// One transaction of so many is held open for a while: seldom where all others have to wait.
     const HOLD_EACH: usize;
 

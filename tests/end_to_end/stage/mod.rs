@@ -122,8 +122,8 @@ impl<D: Database> Stage<D> {
     pub(crate) fn load(&self, spread: Duration) -> Load {
         Load {
             topic: self.topic.clone(),
-            messages: from_environment("OUTBOX_PROOF_MESSAGES", 20_000),
-            keys: from_environment("OUTBOX_PROOF_KEYS", 500),
+            messages: from_environment("OUTBOX_PROOF_MESSAGES", D::MESSAGES),
+            keys: from_environment("OUTBOX_PROOF_KEYS", KEYS),
             producers: from_environment("OUTBOX_PROOF_PRODUCERS", 8),
             rollback_each: 20,
             hold_each: D::HOLD_EACH,
@@ -394,6 +394,10 @@ pub(crate) fn until<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> O
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// How many keys there are, unless the environment says otherwise.
+#[allow(dead_code, reason = "each store's tests use a part of it")]
+pub(crate) const KEYS: usize = 500;
 
 /// A number that the environment may set.
 pub(crate) fn from_environment(variable: &str, default: usize) -> usize {

@@ -6,6 +6,7 @@ use fastrand::Rng;
 
 use super::super::harness::StoreHarness;
 use super::super::kit::{Bench, LONG, Relay, retrying, text};
+use crate::error::ErrorKind;
 use crate::fetch::{Record, Reread, RereadScope};
 use crate::hold::Hold;
 use crate::lease::Membership;
@@ -138,7 +139,13 @@ impl<H: StoreHarness> Schedule<H> {
         let messages: Vec<Message> = texts.iter().map(|text| self.message(stream, text)).collect();
         let index = self.rng.usize(0..self.open.len());
         let (tx, enqueued) = &mut self.open[index];
-        self.bench.harness.enqueue(tx, &messages).await.unwrap();
+        if let Err(error) = self.bench.harness.enqueue(tx, &messages).await {
+            // Its snapshot may be older than a number that another transaction has drawn meanwhile.
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error:?}");
+            let (tx, _) = self.open.swap_remove(index);
+            self.bench.harness.rollback(tx).await;
+            return;
+        }
         enqueued.entry(stream).or_default().extend(texts);
         if !self.bench.harness.concurrent_transactions() {
             // The one writer must not keep the relay from writing.

@@ -1,0 +1,361 @@
+//! What operators do: dead letters, parked holds, scheduled delivery, the archive.
+
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use mongodb::bson::{Bson, Document, doc};
+use outbox_core::{
+    DeadLetter, DeadLetterQuery, DeadLetters, Death, Hold, HoldRef, Message, OwnedShard, Parking, Promotion,
+    RecordRef, RelayId, Result, Retention, Scheduled, Shard, millis,
+};
+
+use crate::commands::{Raw, dead, died, later, one, parked, shards, with_now};
+use crate::enqueue::{draw, insert};
+use crate::hold::{now, read_hold};
+use crate::row::{Rows, again, span, time, timestamp, uuid};
+use crate::session::{Told, Transaction, commit};
+use crate::store::{MongoStore, dead_ones};
+
+/// How many documents one transaction of an operator's moves, so that none takes long.
+const CHUNK: usize = 1_000;
+
+#[async_trait]
+impl DeadLetters for MongoStore {
+    async fn list(&self, query: &DeadLetterQuery) -> Result<Vec<DeadLetter>> {
+        const DURING: &str = "list dead letters";
+        let Some(limit) = limit(query.limit) else {
+            return Ok(Vec::new());
+        };
+        let mut filter = dead_ones();
+        if let Some(topic) = &query.topic {
+            filter.insert("topic", topic.as_ref());
+        }
+        if let Some(ids) = &query.ids {
+            let ids: Vec<Bson> = ids.iter().map(|id| Bson::Binary(uuid(*id))).collect();
+            filter.insert("id", doc! { "$in": ids });
+        }
+        if let Some(after) = query.after {
+            let ts = timestamp(after.position);
+            filter.insert(
+                "$or",
+                vec![
+                    doc! { "dead.ts": { "$gt": ts } },
+                    doc! { "dead.ts": ts, "id": { "$gt": uuid(after.id) } },
+                ],
+            );
+        }
+        let outbox = self.sessions.collections.outbox::<Raw>();
+        let read = async {
+            let sorted = doc! { "dead.ts": 1, "id": 1 };
+            let cursor = outbox.find(filter).sort(sorted).limit(limit).await?;
+            cursor.try_collect::<Vec<Raw>>().await
+        };
+        let mut rows = Rows::default();
+        let letters = self.sessions.call(DURING, read).await?;
+        Ok(letters.iter().map(|raw| dead_letter(&mut rows, raw)).collect())
+    }
+
+    /// A message that is numbered gets a new number; its old one stays a hole.
+    async fn requeue(&self, records: &[RecordRef]) -> Result<usize> {
+        let mut moved = 0;
+        for chunk in records.chunks(CHUNK) {
+            let tried = |session| self.try_requeue(session, chunk);
+            moved += self.transactions.run("requeue", tried).await?;
+        }
+        Ok(moved)
+    }
+
+    async fn discard(&self, records: &[RecordRef]) -> Result<usize> {
+        let outbox = self.sessions.collections.outbox::<Raw>();
+        let mut gone = 0;
+        for chunk in records.chunks(CHUNK) {
+            let discarded = async { outbox.delete_many(dead(chunk)).await };
+            let discarded = self.sessions.call("discard", discarded).await?;
+            gone += usize::try_from(discarded.deleted_count).unwrap_or(usize::MAX);
+        }
+        Ok(gone)
+    }
+}
+
+/// A limit as the server takes it, for which 0 is none.
+fn limit(most: usize) -> Option<i64> {
+    (most > 0).then(|| i64::try_from(most).unwrap_or(i64::MAX))
+}
+
+/// What is told of a death.
+pub(crate) struct Died {
+    pub(crate) attempts: u32,
+    pub(crate) reason: String,
+    pub(crate) at: SystemTime,
+}
+
+impl Died {
+    pub(crate) fn read(raw: &Raw) -> Self {
+        let dead = raw
+            .get_document("dead")
+            .ok()
+            .and_then(|dead| dead.to_raw_document_buf().to_document().ok())
+            .unwrap_or_default();
+        Self {
+            attempts: u32::try_from(dead.get_i64("attempts").unwrap_or_default()).unwrap_or(u32::MAX),
+            reason: dead.get_str("reason").unwrap_or_default().to_owned(),
+            at: dead
+                .get_datetime("at")
+                .ok()
+                .and_then(|at| time(*at))
+                .unwrap_or(SystemTime::UNIX_EPOCH),
+        }
+    }
+}
+
+fn dead_letter(rows: &mut Rows, raw: &Raw) -> DeadLetter {
+    let row = rows.read(raw);
+    let Died { attempts, reason, at } = Died::read(raw);
+    DeadLetter {
+        record: row.reference(),
+        key_seq: row.seq,
+        message: Message::from_stored(row.parts),
+        attempts,
+        reason,
+        died_at: at,
+    }
+}
+
+impl MongoStore {
+    /// What is dead is deleted and stored anew, because only so the server gives it a new position.
+    async fn try_requeue(&self, mut session: Transaction, records: &[RecordRef]) -> Told<usize> {
+        let collections = &self.sessions.collections;
+        let outbox = collections.outbox::<Raw>();
+        let mut cursor = outbox
+            .find(dead(records))
+            .sort(doc! { "dead.ts": 1, "id": 1 })
+            .session(&mut *session)
+            .await?;
+        let letters: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;
+        if letters.is_empty() {
+            return Ok(0);
+        }
+        outbox.delete_many(dead(records)).session(&mut *session).await?;
+        let mut rows = Rows::default();
+        let messages: Vec<Message> = letters
+            .iter()
+            .map(|raw| Message::from_stored(rows.read(raw).parts))
+            .collect();
+        self.put_back(&mut session, &messages).await?;
+        commit(session).await?;
+        Ok(letters.len())
+    }
+
+    /// Puts messages into the outbox that were stored before, with new positions and the time that they had.
+    async fn put_back(&self, session: &mut mongodb::ClientSession, messages: &[Message]) -> Told<()> {
+        let collections = &self.sessions.collections;
+        let mut numbers = match self.config.ordering {
+            outbox_core::Ordering::Insert => Default::default(),
+            outbox_core::Ordering::Sequenced => draw(collections, session, messages.iter()).await?,
+        };
+        let documents = messages
+            .iter()
+            .map(|message| again(message, self.config.shards, numbers.next(message)))
+            .collect();
+        insert(collections, session, documents).await
+    }
+
+    async fn try_bury(&self, mut session: Transaction, hold: &HoldRef) -> Told<bool> {
+        let collections = &self.sessions.collections;
+        let found = collections
+            .holds()
+            .find_one_and_delete(parked(hold))
+            .session(&mut *session)
+            .await?;
+        let Some(found) = found else {
+            session.abort_transaction().await?;
+            return Ok(false);
+        };
+        let Hold { attempts, reason, .. } = read_hold(&found);
+        let death = Death {
+            record: hold.head,
+            attempts,
+            reason,
+        };
+        collections
+            .outbox::<Raw>()
+            .update_one(one(hold.shard, hold.head), died(hold.shard, &death))
+            .session(&mut *session)
+            .await?;
+        commit(session).await?;
+        Ok(true)
+    }
+
+    /// Promotes what is due; none where a lease is not held any more.
+    async fn try_promote(
+        &self,
+        mut session: Transaction,
+        relay: &RelayId,
+        owned: &[OwnedShard],
+        most: i64,
+    ) -> Told<Option<usize>> {
+        let collections = &self.sessions.collections;
+        if !self.fence(&mut session, relay, owned).await? {
+            session.abort_transaction().await?;
+            return Ok(None);
+        }
+        let scheduled = collections.scheduled::<Raw>();
+        let due = doc! {
+            "shard": { "$in": shards(owned.iter().map(|owned| owned.shard)) },
+            "$expr": { "$lte": ["$due", "$$NOW"] },
+        };
+        let mut cursor = scheduled
+            .find(due)
+            .sort(doc! { "due": 1, "_id": 1 })
+            .limit(most)
+            .session(&mut *session)
+            .await?;
+        let due: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;
+        let mut rows = Rows::default();
+        let messages: Vec<Message> = due
+            .iter()
+            .map(|raw| Message::from_stored(rows.read(raw).parts))
+            .collect();
+        let names: Vec<Bson> = due
+            .iter()
+            .filter_map(|raw| raw.get_object_id("_id").ok())
+            .map(Bson::ObjectId)
+            .collect();
+        scheduled
+            .delete_many(doc! { "_id": { "$in": names } })
+            .session(&mut *session)
+            .await?;
+        self.put_back(&mut session, &messages).await?;
+        commit(session).await?;
+        Ok(Some(messages.len()))
+    }
+
+    /// When the next of these shards is due.
+    async fn next_due(&self, owned: &[OwnedShard]) -> Result<Option<Duration>> {
+        let scheduled = self.sessions.collections.scheduled::<Raw>();
+        let next = async {
+            let pipeline = vec![
+                doc! { "$match": { "shard": { "$in": shards(owned.iter().map(|owned| owned.shard)) } } },
+                doc! { "$sort": { "due": 1 } },
+                doc! { "$limit": 1 },
+                doc! { "$project": { "due": 1 } },
+                with_now(),
+            ];
+            let cursor = scheduled.aggregate(pipeline).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let next = self.sessions.call(PROMOTE, next).await?;
+        Ok(next.first().map(|document| {
+            let due = document.get_datetime("due").copied();
+            span(now(document), due.unwrap_or_else(|_| now(document)))
+        }))
+    }
+}
+
+#[async_trait]
+impl Parking for MongoStore {
+    async fn parked(&self, most: usize) -> Result<Vec<Hold>> {
+        let Some(limit) = limit(most) else {
+            return Ok(Vec::new());
+        };
+        let holds = self.sessions.collections.holds();
+        let read = async {
+            let pipeline = [
+                doc! { "$match": { "parked": true, "over": { "$exists": false } } },
+                doc! { "$sort": { "head": 1, "_id": 1 } },
+                doc! { "$limit": limit },
+                with_now(),
+            ];
+            let cursor = holds.aggregate(pipeline).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let parked = self.sessions.call("list parked", read).await?;
+        Ok(parked.iter().map(read_hold).collect())
+    }
+
+    async fn resume(&self, hold: &HoldRef) -> Result<bool> {
+        let holds = self.sessions.collections.holds();
+        let again = doc! { "$set": { "parked": false, "attempts": 0_i64, "due": "$$NOW" } };
+        let resumed = async { holds.update_one(parked(hold), vec![again]).await };
+        Ok(self.sessions.call("resume", resumed).await?.matched_count > 0)
+    }
+
+    async fn bury(&self, hold: &HoldRef) -> Result<bool> {
+        hold.check_buriable()?;
+        let tried = |session| self.try_bury(session, hold);
+        self.transactions.run("bury", tried).await
+    }
+}
+
+const PROMOTE: &str = "promote";
+
+#[async_trait]
+impl Scheduled for MongoStore {
+    async fn promote(&self, relay: &RelayId, owned: &[OwnedShard], most: usize) -> Result<Promotion> {
+        let leases = self.held_of(PROMOTE, relay, owned).await?;
+        let lost: Vec<Shard> = owned
+            .iter()
+            .filter(|owned| !leases.contains(owned))
+            .map(|owned| owned.shard)
+            .collect();
+        if leases.is_empty() {
+            return Ok(Promotion {
+                lost,
+                ..Promotion::default()
+            });
+        }
+        // Most often nothing is due, and that is asked without locking a thing.
+        let mut next_in = self.next_due(&leases).await?;
+        let mut promoted = 0;
+        if let (Some(Duration::ZERO), Some(most)) = (next_in, limit(most.min(CHUNK))) {
+            let tried = |session| self.try_promote(session, relay, &leases, most);
+            // Where a lease was lost meanwhile the next call tells.
+            promoted = self.transactions.run(PROMOTE, tried).await?.unwrap_or_default();
+            next_in = self.next_due(&leases).await?;
+        }
+        Ok(Promotion {
+            promoted,
+            next_in,
+            lost,
+        })
+    }
+}
+
+#[async_trait]
+impl Retention for MongoStore {
+    async fn purge(&self, age: Duration, most: usize) -> Result<usize> {
+        const DURING: &str = "purge";
+        let age = millis(age.min(Duration::from_secs(100 * 366 * 24 * 60 * 60)));
+        let outbox = self.sessions.collections.outbox::<Document>();
+        let mut purged = 0;
+        while purged < most {
+            let chunk = (most - purged).min(CHUNK);
+            let old = doc! {
+                "processed.at": { "$exists": true },
+                "$expr": { "$lt": ["$processed.at", later(-age)] },
+            };
+            let read = async {
+                let cursor = outbox
+                    .find(old)
+                    .sort(doc! { "processed.at": 1 })
+                    .limit(i64::try_from(chunk).unwrap_or(i64::MAX))
+                    .projection(doc! { "_id": 1 })
+                    .await?;
+                cursor.try_collect::<Vec<Document>>().await
+            };
+            let old = self.sessions.call(DURING, read).await?;
+            let names: Vec<&Bson> = old.iter().filter_map(|row| row.get("_id")).collect();
+            if names.is_empty() {
+                break;
+            }
+            let deleted = async { outbox.delete_many(doc! { "_id": { "$in": &names } }).await };
+            let deleted = self.sessions.call(DURING, deleted).await?.deleted_count;
+            purged += usize::try_from(deleted).unwrap_or(usize::MAX);
+            if names.len() < chunk {
+                break;
+            }
+        }
+        Ok(purged)
+    }
+}

@@ -1,0 +1,467 @@
+//! The store: leases, holds, settlements, readers.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use mongodb::ClientSession;
+use mongodb::bson::{Document, doc};
+use outbox_core::{
+    Capabilities, Count, DeadLetters, Epoch, Hold, Inspection, LeaseRequest, LeaseStatus, Leases, Membership,
+    OutboxStore, OwnedShard, Parking, Position, Reader, RelayId, Result, Retention, Scheduled, Settled,
+    Settlement, Shard, Stats, WakeUp,
+};
+
+use crate::commands::{Raw, every_shard, fence, later, leased, owned, shards, with_now};
+use crate::config::MongoConfig;
+use crate::enqueue::run;
+use crate::hold::{now, read_hold};
+use crate::reader::MongoReader;
+use crate::row::{Rows, span};
+use crate::schema::{EPOCH, Outbox, check};
+use crate::session::{Sessions, Told, Transaction, Transactions, commit};
+use crate::wake::ChangeStream;
+
+/// An outbox in a MongoDB database, as the relay and operators use it.
+///
+/// Cheap to clone. It has a client of its own, whose connections are lent for a command or a transaction. None is in
+/// a transaction while messages are being published.
+///
+/// ```no_run
+/// use outbox_core::OutboxStore;
+/// use outbox_mongo::{MongoConfig, MongoStore, migrate};
+///
+/// # async fn example() -> outbox_mongo::Result<()> {
+/// let config = MongoConfig::new("mongodb://relay:secret@db.example/shop?replicaSet=rs0");
+/// migrate(&config).await?;
+/// let store = MongoStore::connect(config).await?;
+/// assert_eq!(store.stats().await?.backlog.value(), 0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct MongoStore {
+    pub(crate) config: Arc<MongoConfig>,
+    pub(crate) sessions: Sessions,
+    pub(crate) transactions: Transactions,
+    /// When its readers began, and what they read up to.
+    known: Arc<Known>,
+}
+
+/// By what a reader notices that the server is another one, or was set back.
+#[derive(Debug)]
+pub(crate) struct Known {
+    outbox: Mutex<Outbox>,
+}
+
+impl Known {
+    /// Compares with what is there now: says what was noticed, once.
+    fn compare(&self, now: Outbox) -> Option<String> {
+        let mut known = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let reason = if known.born != now.born {
+            Some("the outbox is another one than before: was the database replaced?")
+        } else if now.now < known.now && known.now != Position::MAX {
+            Some("the server gave later positions before: was it restored from a backup?")
+        } else {
+            None
+        };
+        *known = now;
+        reason.map(ToOwned::to_owned)
+    }
+}
+
+impl MongoStore {
+    /// Connects to an outbox that [`migrate`](crate::migrate) has made.
+    ///
+    /// # Errors
+    /// [`outbox_core::ErrorKind::Schema`] when the outbox is missing, of another version, or made with another ordering;
+    /// `Unsupported` for a server that stands alone or is too old; others as the server gives them.
+    pub async fn connect(config: MongoConfig) -> Result<Self> {
+        config.check()?;
+        let sessions = Sessions::open(&config).await?;
+        Self::over(sessions, config).await
+    }
+
+    /// The same over connections that are there.
+    pub(crate) async fn over(sessions: Sessions, mut config: MongoConfig) -> Result<Self> {
+        let outbox = check(&sessions, &config).await?;
+        config.shards = outbox.shards;
+        Ok(Self {
+            config: Arc::new(config),
+            transactions: sessions.transactions().await?,
+            sessions,
+            known: Arc::new(Known {
+                outbox: Mutex::new(outbox),
+            }),
+        })
+    }
+
+    /// All leases and all members that were alive once, as of one moment.
+    async fn leases(&self, during: &'static str) -> Result<Owners> {
+        let collection = self.sessions.collections.leases();
+        let read = async {
+            let cursor = collection.aggregate([with_now()]).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let mut owners = Owners::default();
+        for document in &self.sessions.call(during, read).await? {
+            let lease = Lease::read(document);
+            match (document.get_str("_id"), lease.shard) {
+                (Ok(relay), _) if lease.is_free() => owners.gone.push(RelayId::new(relay)),
+                (Ok(relay), _) => owners.members.push(RelayId::new(relay)),
+                (Err(_), shard) if shard.0 < self.config.shards => owners.leases.push(lease),
+                (Err(_), _) => {}
+            }
+        }
+        owners.leases.sort_unstable_by_key(|lease| lease.shard);
+        Ok(owners)
+    }
+
+    /// Who owns what, and who is alive.
+    pub(crate) async fn owners(&self, during: &'static str) -> Result<(Vec<LeaseStatus>, Vec<RelayId>)> {
+        let Owners { leases, members, .. } = self.leases(during).await?;
+        Ok((leases.into_iter().map(Lease::status).collect(), members))
+    }
+
+    /// What the relay owns now.
+    async fn held(&self, during: &'static str, relay: &RelayId) -> Result<Vec<OwnedShard>> {
+        Ok(self.leases(during).await?.of(relay))
+    }
+
+    /// Which of these the relay still owns.
+    pub(crate) async fn held_of(
+        &self,
+        during: &'static str,
+        relay: &RelayId,
+        owned: &[OwnedShard],
+    ) -> Result<Vec<OwnedShard>> {
+        let mut held = self.held(during, relay).await?;
+        held.retain(|lease| owned.contains(lease));
+        Ok(held)
+    }
+
+    /// Settles all of it, or nothing: then it tells that some of the leases are not held any more.
+    async fn try_settle(&self, mut session: Transaction, settlement: &Settlement) -> Told<bool> {
+        let collections = &self.sessions.collections;
+        if !self
+            .fence(&mut session, &settlement.relay, &owned(settlement))
+            .await?
+        {
+            session.abort_transaction().await?;
+            return Ok(false);
+        }
+        let parts = &settlement.shards;
+        let deletion = match self.config.archive {
+            true => None,
+            false => collections.deletion(parts),
+        };
+        let commands = [
+            deletion,
+            collections.taking_out(parts, self.config.archive),
+            collections.holding(parts),
+        ];
+        for command in commands.into_iter().flatten() {
+            run(collections, Some(&mut *session), command).await?;
+        }
+        commit(session).await?;
+        Ok(true)
+    }
+
+    /// Whether the relay holds all these leases; nobody takes one of them before the transaction ends.
+    pub(crate) async fn fence(
+        &self,
+        session: &mut ClientSession,
+        relay: &RelayId,
+        shards: &[OwnedShard],
+    ) -> Told<bool> {
+        let leases = self.sessions.collections.leases();
+        let fenced = leases
+            .update_many(leased(relay, shards), fence())
+            .session(session)
+            .await?;
+        Ok(usize::try_from(fenced.matched_count) == Ok(shards.len()))
+    }
+}
+
+/// So long a fetch's or a settlement's documents are looked for at most.
+const COUNTED: u64 = 100_000;
+
+#[async_trait]
+impl OutboxStore for MongoStore {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::all("mongo", self.config.shards, self.config.ordering)
+    }
+
+    async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
+        const DURING: &str = "lease";
+        let collections = &self.sessions.collections;
+        let (relay, until) = (request.relay.as_str(), later(request.ttl_millis()));
+        let renewal = collections.renewal(relay, &until);
+        self.sessions
+            .call(DURING, async { run(collections, None, renewal).await })
+            .await?;
+        let leases = collections.leases();
+        let owners = self.leases(DURING).await?;
+        if !owners.gone.is_empty() {
+            let gone: Vec<&str> = owners.gone.iter().map(RelayId::as_str).collect();
+            let gone = doc! { "_id": { "$in": gone }, "$expr": { "$lte": ["$until", "$$NOW"] } };
+            let struck = async { leases.delete_many(gone).await };
+            self.sessions.call(DURING, struck).await?;
+        }
+        let mut held = owners.of(&request.relay);
+        let lacking = usize::from(request.want).saturating_sub(held.len());
+        let free = owners.leases.iter().filter(|lease| lease.is_free());
+        let free: Vec<&Lease> = free.take(lacking).collect();
+        if !free.is_empty() {
+            // Of relays that died, or stand still.
+            let own = self.transactions.id();
+            let mut left: Vec<Document> = Vec::new();
+            for session in free.iter().filter_map(|lease| lease.session.as_ref()) {
+                if session != own && !left.contains(session) {
+                    left.push(session.clone());
+                }
+            }
+            if !left.is_empty() {
+                self.sessions.kill(DURING, left).await;
+            }
+            let free = shards(free.iter().map(|lease| lease.shard));
+            let free = doc! { "_id": { "$in": free }, "$expr": { "$lte": ["$until", "$$NOW"] } };
+            let take = doc! { "$set": {
+                "owner": { "$literal": relay },
+                "epoch": { "$add": ["$epoch", 1_i64] },
+                "until": until,
+                "session": { "$literal": self.transactions.id() },
+            } };
+            let taken = async { leases.update_many(free, vec![take]).await };
+            self.sessions.call(DURING, taken).await?;
+            held = self.held(DURING, &request.relay).await?;
+        }
+        Ok(Leases {
+            held,
+            relays: u16::try_from(owners.members.len()).unwrap_or(u16::MAX),
+            time_left: request.ttl,
+        })
+    }
+
+    async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()> {
+        const DURING: &str = "release";
+        let collections = &self.sessions.collections;
+        if !shards.is_empty() {
+            let leases = collections.leases();
+            let free = doc! { "$set": { "owner": null, "until": EPOCH }, "$unset": { "session": "" } };
+            let freed = async { leases.update_many(leased(relay, shards), free).await };
+            self.sessions.call(DURING, freed).await?;
+        }
+        if membership == Membership::Leaves {
+            let leases = collections.leases();
+            let left = async { leases.delete_one(doc! { "_id": relay.as_str() }).await };
+            self.sessions.call(DURING, left).await?;
+        }
+        Ok(())
+    }
+
+    async fn holds(&self, owned: &[OwnedShard]) -> Result<Vec<Hold>> {
+        let collection = self.sessions.collections.holds();
+        let asked = shards(owned.iter().map(|owned| owned.shard));
+        let read = async {
+            let asked = doc! { "$match": { "shard": { "$in": asked }, "over": { "$exists": false } } };
+            let cursor = collection.aggregate([asked, with_now()]).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let holds = self.sessions.call("holds", read).await?;
+        Ok(holds.iter().map(read_hold).collect())
+    }
+
+    async fn reader(&self) -> Result<Box<dyn Reader>> {
+        let now = check(&self.sessions, &self.config).await?;
+        Ok(Box::new(MongoReader::new(
+            &self.sessions,
+            self.known.compare(now),
+        )))
+    }
+
+    async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
+        const DURING: &str = "settle";
+        let mut settling = Cow::Borrowed(settlement);
+        while !settling.shards.is_empty() {
+            let tried = |session| self.try_settle(session, &settling);
+            if self.transactions.run(DURING, tried).await? {
+                break;
+            }
+            // What was lost is not even tried again.
+            let held = self.held(DURING, &settlement.relay).await?;
+            let kept = |shard, epoch| held.contains(&OwnedShard { shard, epoch });
+            settling
+                .to_mut()
+                .shards
+                .retain(|part| kept(part.shard, part.epoch));
+        }
+        let held: Vec<Shard> = settling.shards.iter().map(|part| part.shard).collect();
+        Ok(Settled::but_for(settlement, &held))
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        const DURING: &str = "stats";
+        let collections = &self.sessions.collections;
+        let all = doc! { "shard": { "$in": every_shard(self.config.shards) } };
+        let bounded = i64::try_from(COUNTED).unwrap_or(i64::MAX);
+        let outbox = collections.outbox::<Raw>();
+        let oldest = async {
+            let oldest = vec![
+                doc! { "$match": all.clone() },
+                doc! { "$sort": { "ts": 1 } },
+                doc! { "$limit": 1 },
+                doc! { "$project": { "payload": 0, "headers": 0 } },
+                with_now(),
+            ];
+            let cursor = outbox.aggregate(oldest).await?;
+            cursor.try_collect::<Vec<Document>>().await
+        };
+        let oldest = self.sessions.call(DURING, oldest).await?;
+        let oldest_age = oldest.first().map(|document| {
+            let created = Raw::from_document(document)
+                .ok()
+                .and_then(|raw| Rows::default().read(&raw).parts.created_at)
+                .map_or(EPOCH, crate::row::date);
+            span(created, now(document))
+        });
+        let count = async |filter: Document| {
+            let counted = async { outbox.count_documents(filter).limit(bounded.unsigned_abs()).await };
+            self.sessions.call(DURING, counted).await
+        };
+        let backlog = count(all.clone()).await?;
+        let processed = count(doc! { "processed.at": { "$gt": EPOCH } }).await?;
+        let holds = async |parked: bool| {
+            let filter = doc! { "parked": parked, "over": { "$exists": false } };
+            let counted = async { collections.holds().count_documents(filter).await };
+            self.sessions.call(DURING, counted).await
+        };
+        let (retrying, parked) = (holds(false).await?, holds(true).await?);
+        let dead = async { outbox.count_documents(dead_ones()).await };
+        let dead = self.sessions.call(DURING, dead).await?;
+        let scheduled = collections.scheduled::<Raw>();
+        let scheduled = async { scheduled.count_documents(doc! {}).await };
+        let scheduled = self.sessions.call(DURING, scheduled).await?;
+        let (leases, relays) = self.owners(DURING).await?;
+        Ok(Stats {
+            backlog: Count::up_to(COUNTED, backlog),
+            oldest_age,
+            retrying,
+            parked,
+            dead,
+            scheduled,
+            processed: Count::up_to(COUNTED, processed),
+            leases,
+            relays,
+        })
+    }
+
+    fn dead_letters(&self) -> Option<&dyn DeadLetters> {
+        Some(self)
+    }
+
+    fn scheduled(&self) -> Option<&dyn Scheduled> {
+        Some(self)
+    }
+
+    fn retention(&self) -> Option<&dyn Retention> {
+        self.config.archive.then_some(self)
+    }
+
+    fn parking(&self) -> Option<&dyn Parking> {
+        Some(self)
+    }
+
+    fn inspection(&self) -> Option<&dyn Inspection> {
+        Some(self)
+    }
+
+    /// The outbox's change stream, if the configuration asks for it.
+    fn wake_up(&self) -> Option<Box<dyn WakeUp>> {
+        let follow = || Box::new(ChangeStream::new(&self.sessions)) as Box<dyn WakeUp>;
+        self.config.change_stream.then(follow)
+    }
+}
+
+/// All dead letters.
+pub(crate) fn dead_ones() -> Document {
+    doc! { "dead.ts": { "$exists": true } }
+}
+
+/// Who owns what and who is alive, as it was read.
+#[derive(Debug, Default)]
+struct Owners {
+    leases: Vec<Lease>,
+    members: Vec<RelayId>,
+    /// Members that did not come back.
+    gone: Vec<RelayId>,
+}
+
+impl Owners {
+    /// What a relay owns.
+    fn of(&self, relay: &RelayId) -> Vec<OwnedShard> {
+        let own = self.leases.iter().filter(|lease| lease.is_of(relay));
+        own.map(Lease::owned).collect()
+    }
+}
+
+/// A lease as it was read.
+#[derive(Debug)]
+struct Lease {
+    shard: Shard,
+    epoch: Epoch,
+    owner: Option<RelayId>,
+    /// That of the owner's transactions.
+    session: Option<Document>,
+    /// None when it is over.
+    left: Option<std::time::Duration>,
+}
+
+impl Lease {
+    fn read(document: &Document) -> Self {
+        let until = document.get_datetime("until").copied().unwrap_or(EPOCH);
+        let now = now(document);
+        Self {
+            shard: Shard(u16::try_from(document.get_i32("_id").unwrap_or(-1)).unwrap_or(u16::MAX)),
+            epoch: Epoch(document.get_i64("epoch").unwrap_or_default()),
+            owner: document.get_str("owner").ok().map(RelayId::new),
+            session: document.get_document("session").ok().cloned(),
+            left: (until > now).then(|| span(now, until)),
+        }
+    }
+
+    fn is_free(&self) -> bool {
+        self.left.is_none()
+    }
+
+    fn is_of(&self, relay: &RelayId) -> bool {
+        !self.is_free() && self.owner.as_ref() == Some(relay)
+    }
+
+    const fn owned(&self) -> OwnedShard {
+        OwnedShard {
+            shard: self.shard,
+            epoch: self.epoch,
+        }
+    }
+
+    fn status(self) -> LeaseStatus {
+        let free = self.is_free();
+        LeaseStatus {
+            shard: self.shard,
+            epoch: self.epoch,
+            owner: self.owner.filter(|_| !free),
+            time_left: self.left.unwrap_or_default(),
+        }
+    }
+}
+
+impl fmt::Debug for MongoStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MongoStore")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,22 @@
+//! The promise on MongoDB, end to end. Needs a replica set (`OUTBOX_TEST_MONGO`) and Kafka (`OUTBOX_TEST_KAFKA`).
+
+#[path = "../proof/mod.rs"]
+mod proof;
+#[path = "../proof/reader.rs"]
+mod reader;
+#[macro_use]
+mod scenarios;
+mod mongo;
+mod stage;
+
+use mongo::{Mongo, Own, Sequenced, Shared};
+
+end_to_end!(Mongo<Shared>);
+end_to_end!(Mongo<Own>: the_database_is_killed_under_load);
+
+/// The same with numbers, which the oracle holds to those of the writer.
+mod sequenced {
+    use super::{Mongo, Sequenced, scenarios};
+
+    end_to_end!(Mongo<Sequenced>: kill_9_every_second);
+}
