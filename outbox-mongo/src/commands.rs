@@ -6,8 +6,8 @@ use std::time::Duration;
 use mongodb::bson::{Bson, Document, RawDocumentBuf, doc};
 use mongodb::{Collection, Database};
 use outbox_core::{
-    Death, HoldChanges, HoldName, HoldRef, Identifier, OwnedShard, RecordRef, RelayId, Settlement, Shard,
-    ShardSettlement,
+    Death, HoldChanges, HoldName, HoldRef, Identifier, MessageId, OwnedShard, RecordRef, RelayId, Settlement,
+    Shard, ShardSettlement, StoreMillis,
 };
 
 use crate::row::{binary, timestamp, uuid};
@@ -116,7 +116,7 @@ impl Collections {
             for death in &part.dead {
                 updates.push(doc! {
                     "q": named(part.shard, &[death.record]),
-                    "u": died(part.shard, death),
+                    "u": died(death),
                     "multi": true,
                 });
             }
@@ -174,6 +174,36 @@ impl Collections {
         }
     }
 
+    /// Takes leases that are over. One that another's transaction keeps locked is not waited for, or the relay would lose
+    /// its own meanwhile.
+    pub(crate) fn taking(
+        &self,
+        relay: &str,
+        session: &Document,
+        free: impl Iterator<Item = Shard>,
+        ttl: StoreMillis,
+    ) -> Document {
+        let take = vec![doc! { "$set": {
+            "owner": { "$literal": relay },
+            "epoch": { "$add": ["$epoch", 1_i64] },
+            "until": later(ttl),
+            "session": { "$literal": session },
+        } }];
+        let updates: Vec<Document> = free
+            .map(|shard| {
+                let over = doc! { "_id": i32::from(shard.0), "$expr": { "$lte": ["$until", "$$NOW"] } };
+                doc! { "q": over, "u": take.clone() }
+            })
+            .collect();
+        doc! {
+            "update": self.name("_lease"),
+            "updates": updates,
+            "ordered": false,
+            "writeConcern": { "w": "majority" },
+            "maxTimeMS": (ttl / 10).clamp(100, self.millis()),
+        }
+    }
+
     /// Counts up the numbers of keys: one command, whatever it is.
     pub(crate) fn counting<'k>(&self, keys: impl Iterator<Item = (&'k Document, i64)>) -> Document {
         let updates: Vec<Document> = keys
@@ -187,17 +217,32 @@ impl Collections {
     }
 }
 
+/// Messages by position and id. One whose id cannot be read has a position all the same, which no other has.
+fn placed(field: &str, records: &[RecordRef]) -> Document {
+    let (nameless, named): (Vec<RecordRef>, _) = records.iter().partition(|record| record.id == NAMELESS);
+    let places = |records: &[RecordRef]| {
+        let places = records.iter().map(|record| timestamp(record.position));
+        doc! { "$in": places.map(Bson::Timestamp).collect::<Vec<_>>() }
+    };
+    let with_ids = || {
+        let ids = named.iter().map(|record| Bson::Binary(uuid(record.id)));
+        doc! { field: places(&named), "id": { "$in": ids.collect::<Vec<_>>() } }
+    };
+    match (named.is_empty(), nameless.is_empty()) {
+        (_, true) => with_ids(),
+        (true, false) => doc! { field: places(&nameless) },
+        (false, false) => doc! { "$or": [with_ids(), doc! { field: places(&nameless) }] },
+    }
+}
+
+/// Stands for an id that cannot be read.
+const NAMELESS: MessageId = MessageId::from_bytes([0; 16]);
+
 /// Messages of a shard, by position and id.
 fn named(shard: Shard, records: &[RecordRef]) -> Document {
-    let places: Vec<Bson> = records
-        .iter()
-        .map(|record| Bson::Timestamp(timestamp(record.position)))
-        .collect();
-    let ids: Vec<Bson> = records
-        .iter()
-        .map(|record| Bson::Binary(uuid(record.id)))
-        .collect();
-    doc! { "shard": i32::from(shard.0), "ts": { "$in": places }, "id": { "$in": ids } }
+    let mut named = placed("ts", records);
+    named.insert("shard", i32::from(shard.0));
+    named
 }
 
 /// The one message that is named.
@@ -206,11 +251,10 @@ pub(crate) fn one(shard: Shard, record: RecordRef) -> Document {
 }
 
 /// How a message dies: it leaves its shard, and stays where it is.
-pub(crate) fn died(shard: Shard, death: &Death) -> Vec<Document> {
+pub(crate) fn died(death: &Death) -> Vec<Document> {
     vec![
         doc! { "$set": { "dead": {
             "ts": timestamp(death.record.position),
-            "shard": i32::from(shard.0),
             "attempts": i64::from(death.attempts),
             "reason": { "$literal": &death.reason },
             "at": "$$NOW",
@@ -221,15 +265,7 @@ pub(crate) fn died(shard: Shard, death: &Death) -> Vec<Document> {
 
 /// Dead letters, by position and id.
 pub(crate) fn dead(records: &[RecordRef]) -> Document {
-    let places: Vec<Bson> = records
-        .iter()
-        .map(|record| Bson::Timestamp(timestamp(record.position)))
-        .collect();
-    let ids: Vec<Bson> = records
-        .iter()
-        .map(|record| Bson::Binary(uuid(record.id)))
-        .collect();
-    doc! { "dead.ts": { "$in": places }, "id": { "$in": ids } }
+    placed("dead.ts", records)
 }
 
 /// Leases of a relay under exactly these epochs.

@@ -35,7 +35,7 @@ pub struct MongoConfig {
     pub prefix: Identifier,
     /// The order within a key; fixed when the schema is made. Default: `insert`.
     pub ordering: Ordering,
-    /// How many shards a new outbox gets, 1 to 1,024: at most so many relays share the work. Fixed when the schema is
+    /// How many shards a new outbox gets, 1 to 200: at most so many relays share the work. Fixed when the schema is
     /// made, and read from there afterwards. Default: 64.
     pub shards: u16,
     /// Whether delivered messages are kept instead of being deleted; the relay purges them. Default: false.
@@ -50,7 +50,7 @@ pub struct MongoConfig {
     /// How long one command of ours may take. Default: 30 s.
     #[serde(with = "human")]
     pub statement_timeout: Duration,
-    /// How long connecting, or waiting for a primary or a connection, may take. Default: 10 s.
+    /// How long connecting, or waiting for a primary, may take. Default: 10 s.
     #[serde(with = "human")]
     pub connect_timeout: Duration,
     /// How many connections a store opens at most, beside those that watch the servers: at least 2. Default: 6.
@@ -60,6 +60,7 @@ pub struct MongoConfig {
 }
 
 const CONFIGURE: &str = "configure";
+const MOST_SHARDS: u16 = 200;
 /// A document has 16 MiB, of which the rest is for what is not the message's.
 const MOST_BYTES: usize = 15 << 20;
 
@@ -94,6 +95,11 @@ impl MongoConfig {
             let text = "max_message_bytes must be at most 15728640: a document has at most 16 MiB";
             return Err(Error::new(ErrorKind::Invalid, CONFIGURE, text)
                 .with("max_message_bytes", self.limits.max_message_bytes));
+        }
+        // So many scans of an index the server merges in order; of more it would sort the whole backlog.
+        if self.shards > MOST_SHARDS {
+            let text = "shards must be 1 to 200";
+            return Err(Error::new(ErrorKind::Invalid, CONFIGURE, text).with("shards", self.shards));
         }
         let spans = [
             ("statement_timeout", self.statement_timeout),
@@ -307,6 +313,13 @@ mod tests {
         };
         for (config, field) in [
             (MongoConfig { shards: 0, ..base() }, "shards"),
+            (
+                MongoConfig {
+                    shards: 201,
+                    ..base()
+                },
+                "shards",
+            ),
             (
                 MongoConfig {
                     max_connections: 1,

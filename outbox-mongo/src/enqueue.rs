@@ -5,17 +5,16 @@ use std::sync::Arc;
 
 use futures::TryStreamExt;
 use mongodb::ClientSession;
-use mongodb::bson::{Bson, DateTime, Document, doc};
-use mongodb::error::ErrorKind as Driver;
-use outbox_core::{Enqueue, Error, ErrorKind, Limits, Message, Ordering, Result};
+use mongodb::bson::{DateTime, Document, doc};
+use outbox_core::{Enqueue, Error, Limits, Message, Ordering, Result};
 use tokio::sync::OnceCell;
 
 use crate::commands::{Collections, counter};
 use crate::config::MongoConfig;
-use crate::error::{During, Refused};
+use crate::error::During;
 use crate::row::{scheduled, time, waiting};
 use crate::schema::check;
-use crate::session::{Sessions, Told};
+use crate::session::{Sessions, Told, in_transaction, write};
 
 /// The producer's handle: cheap to clone, holds no connection.
 ///
@@ -55,7 +54,7 @@ impl MongoOutbox {
     /// A handle to the outbox that `config` names; of its `url` only the database is used, nothing is opened.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a configuration that makes no sense.
+    /// [`Invalid`](outbox_core::ErrorKind::Invalid) for a configuration that makes no sense.
     pub fn new(config: &MongoConfig) -> Result<Self> {
         config.check()?;
         config.database()?;
@@ -73,13 +72,15 @@ impl MongoOutbox {
     /// The first call asks what the outbox is like, outside of the transaction.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a message beyond the limits or a session without a transaction: nothing was written.
-    /// [`ErrorKind::Conflict`] when another transaction was in the way: run the whole transaction again; within a callback
-    /// of the driver's, [`driver_error`](crate::driver_error) tells it so. [`ErrorKind::Schema`] where there is no outbox.
+    /// [`Invalid`](outbox_core::ErrorKind::Invalid) for a message beyond the limits or a session without a transaction: nothing was written.
+    /// [`Conflict`](outbox_core::ErrorKind::Conflict) when another transaction was in the way: run the whole transaction again; within a callback
+    /// of the driver's, [`driver_error`](crate::driver_error) tells it so. [`Schema`](outbox_core::ErrorKind::Schema) where there is no outbox.
     /// Others as the server gives them: abort.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the transaction in an unknown state: abort it, or drop the session, which does.
+    /// Dropping the future leaves the transaction in an unknown state: abort it, or drop the session, which does. If it was
+    /// the transaction's first command neither does: then the server ends it, after a minute, or when the session is used
+    /// again.
     pub async fn enqueue(&self, session: &mut ClientSession, message: &Message) -> Result<()> {
         self.enqueue_many(session, std::slice::from_ref(message))
             .await
@@ -103,7 +104,7 @@ impl MongoOutbox {
         let sessions = Sessions::of(session.client(), &self.config)?;
         let ask = async || Ok::<_, Error>(check(&sessions, &self.config).await?.shards);
         let shards = *self.shards.get_or_try_init(ask).await?;
-        in_transaction(session).await?;
+        in_transaction(session, DURING).await?;
         let collections = &sessions.collections;
         let (mut now, mut later) = (Vec::with_capacity(messages.len()), Vec::new());
         if messages.iter().any(|message| message.deliver_at().is_some()) {
@@ -153,31 +154,11 @@ pub(crate) async fn insert(
     outbox.insert_many(documents).session(session).await.map(drop)
 }
 
-/// The driver does not tell whether a transaction is open, but it begins none in one, which it decides by itself.
-async fn in_transaction(session: &mut ClientSession) -> Result<()> {
-    match session.start_transaction().await {
-        Err(error) => match error.kind.as_ref() {
-            Driver::Transaction { message, .. } if message.contains("in progress") => Ok(()),
-            _ => Err(error).during(DURING),
-        },
-        Ok(()) => {
-            session.abort_transaction().await.during(DURING)?;
-            Err(Error::new(
-                ErrorKind::Invalid,
-                DURING,
-                "the session has no transaction: call start_transaction, change what you have to change, enqueue, commit",
-            ))
-        }
-    }
-}
-
 /// The server's own time, outside of any transaction.
 async fn server_time(collections: &Collections) -> Told<DateTime> {
     let told = collections.database.run_command(doc! { "hello": 1 }).await?;
-    Ok(told
-        .get_datetime("localTime")
-        .copied()
-        .unwrap_or_else(|_| DateTime::now()))
+    let time = told.get_datetime("localTime").copied();
+    time.map_err(|_| mongodb::error::Error::custom("the server does not tell its time"))
 }
 
 /// Draws the numbers of these messages: two commands, whatever they are. A transaction of the same keys is in conflict with
@@ -201,7 +182,7 @@ pub(crate) async fn draw<'m>(
         .map(|((topic, key), count)| (counter(topic, key), *count))
         .collect();
     let counting = collections.counting(keys.iter().map(|(key, count)| (key, *count)));
-    run(collections, Some(&mut *session), counting).await?;
+    write(collections, Some(&mut *session), counting).await?;
     let ids: Vec<Document> = keys.into_iter().map(|(key, _)| key).collect();
     let mut cursor = collections
         .sequence()
@@ -222,31 +203,6 @@ pub(crate) async fn draw<'m>(
         numbers.0.insert((topic, key), last);
     }
     Ok(numbers)
-}
-
-/// Runs a command of several writes, in a transaction or by itself. One that is refused is told in the answer, not as an
-/// error.
-pub(crate) async fn run(
-    collections: &Collections,
-    session: Option<&mut ClientSession>,
-    command: Document,
-) -> Told<Document> {
-    let run = collections.database.run_command(command);
-    let told = match session {
-        Some(session) => run.session(session).await?,
-        None => run.await?,
-    };
-    let failed = |name: &str| {
-        let failed = match told.get(name)? {
-            Bson::Array(all) => all.first()?.as_document()?,
-            one => one.as_document()?,
-        };
-        failed.get_i32("code").ok()
-    };
-    match failed("writeErrors").or_else(|| failed("writeConcernError")) {
-        Some(code) => Err(mongodb::error::Error::custom(Refused(code))),
-        None => Ok(told),
-    }
 }
 
 /// The last number given of each key.

@@ -67,36 +67,33 @@ struct Said {
 impl Said {
     fn of(error: DriverError) -> Self {
         let (code, text) = match error.kind.as_ref() {
-            Driver::Command(command) => (Some(command.code), command.message.clone()),
-            Driver::Write(WriteFailure::WriteError(write)) => (Some(write.code), write.message.clone()),
+            // Not the server's own words, which may quote the whole command, with keys and reasons.
+            Driver::Command(command) => (
+                Some(command.code),
+                format!("the server refused: {}", command.code_name),
+            ),
+            Driver::Write(WriteFailure::WriteError(write)) => (Some(write.code), REFUSED.to_owned()),
             Driver::Write(WriteFailure::WriteConcernError(concern)) => {
-                (Some(concern.code), concern.message.clone())
+                (Some(concern.code), REFUSED.to_owned())
             }
             Driver::InsertMany(many) => {
-                let write = many.write_errors.iter().flatten().next();
-                match (write, &many.write_concern_error) {
-                    (Some(write), _) => (Some(write.code), write.message.clone()),
-                    (None, Some(concern)) => (Some(concern.code), concern.message.clone()),
-                    (None, None) => (None, "a write failed".to_owned()),
-                }
+                let write = many.write_errors.iter().flatten().next().map(|write| write.code);
+                let concern = many.write_concern_error.as_ref().map(|concern| concern.code);
+                (write.or(concern), REFUSED.to_owned())
             }
             Driver::Custom(custom) => match custom.downcast_ref::<Refused>() {
-                Some(Refused(code)) => (Some(*code), "the server refused a write".to_owned()),
+                Some(Refused(code)) => (Some(*code), REFUSED.to_owned()),
                 None => (None, "the driver failed".to_owned()),
             },
             Driver::Io(io) => (None, io.to_string()),
-            Driver::ServerSelection { message, .. }
-            | Driver::Authentication { message, .. }
+            Driver::ServerSelection { message, .. } => (None, unreachable(message)),
+            Driver::Authentication { message, .. }
             | Driver::ConnectionPoolCleared { message, .. }
             | Driver::DnsResolve { message, .. }
             | Driver::InvalidTlsConfig { message, .. }
             | Driver::IncompatibleServer { message, .. }
             | Driver::Transaction { message, .. } => (None, message.clone()),
             _ => (None, "the driver failed".to_owned()),
-        };
-        let text = match code {
-            Some(DUPLICATE | INVALID_DOCUMENT) => "the server refused a document".to_owned(),
-            _ => text,
         };
         Self { code, text, error }
     }
@@ -108,6 +105,17 @@ impl Said {
 
 /// A write of a command that went through otherwise, as the driver's own error.
 pub(crate) struct Refused(pub(crate) i32);
+
+/// Of the driver's whole picture of the servers, why the first of them does not answer.
+fn unreachable(message: &str) -> String {
+    let why = message
+        .split_once("Error: Kind: ")
+        .and_then(|(_, rest)| rest.split_once(", labels"));
+    match why {
+        Some((why, _)) => format!("no server answers that takes writes: {why}"),
+        None => message.to_owned(),
+    }
+}
 
 impl fmt::Display for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -126,6 +134,8 @@ impl fmt::Debug for Said {
 }
 
 impl std::error::Error for Said {}
+
+const REFUSED: &str = "the server refused a write";
 
 /// A unique index refused a document.
 const DUPLICATE: i32 = 11_000;
@@ -147,10 +157,11 @@ pub(crate) fn is_transient(error: &DriverError) -> bool {
 fn explain(said: &Said) -> (ErrorKind, Option<&'static str>) {
     if let Some(code) = said.code {
         match code {
-            NO_TRANSACTIONS if said.text.contains("replica set") => {
-                (ErrorKind::Unsupported, Some(STANDALONE))
-            }
-            13 => (ErrorKind::Denied, None),
+            NO_TRANSACTIONS => (ErrorKind::Unsupported, Some(STANDALONE)),
+            13 => (
+                ErrorKind::Denied,
+                Some("this account may not do that: grant it the role that grant_script makes"),
+            ),
             18 => (
                 ErrorKind::Denied,
                 Some("the server refused the login: are user, password and authSource right?"),
@@ -175,8 +186,8 @@ fn explain(said: &Said) -> (ErrorKind, Option<&'static str>) {
                 Some("the command took longer than statement_timeout"),
             ),
             // No primary, shutting down, not enough members for a majority.
-            64 | 79 | 89 | 91 | 100 | 133 | 189 | 9_001 | 10_058 | 10_107 | 11_600 | 11_602 | 13_435
-            | 13_436 => (
+            6 | 7 | 43 | 64 | 79 | 89 | 91 | 100 | 134 | 237 | 239 | 133 | 189 | 9_001 | 10_058 | 10_107
+            | 11_600 | 11_601 | 11_602 | 13_435 | 13_436 => (
                 ErrorKind::Unavailable,
                 Some("no primary with a majority answers: is the replica set healthy?"),
             ),
@@ -222,5 +233,33 @@ fn explain_client(error: &DriverError) -> (ErrorKind, Option<&'static str>) {
         }
         Driver::Shutdown => (ErrorKind::Unavailable, Some("the client was shut down")),
         _ => (ErrorKind::Unexpected, Some("an unexpected error of the driver")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_is_told_and_not_the_whole_picture() {
+        let message = "Server selection timeout: No available servers. Topology: { Type: Unknown, Servers: [ { Address: \
+                       db:1, Type: Unknown, Error: Kind: I/O error: Connection refused (os error 111), labels: {}, source: \
+                       None } ] }";
+        assert_eq!(
+            unreachable(message),
+            "no server answers that takes writes: I/O error: Connection refused (os error 111)"
+        );
+        assert_eq!(unreachable("no primary"), "no primary");
+    }
+
+    #[test]
+    fn errors_of_others_reach_the_driver_whole() {
+        let error = Error::new(ErrorKind::Invalid, "enqueue", "too large");
+        let custom = driver_error(error);
+        let told = custom.get_custom::<Error>().unwrap();
+        assert_eq!(told.to_string(), "enqueue: too large");
+        let said = classify("settle", DriverError::custom(Refused(112)));
+        assert_eq!(said.kind(), ErrorKind::Conflict);
+        assert!(driver_error(said).get_custom::<Refused>().is_some());
     }
 }

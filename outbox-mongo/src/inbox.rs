@@ -11,7 +11,7 @@ use crate::commands::later;
 use crate::config::MongoConfig;
 use crate::error::During;
 use crate::row::uuid;
-use crate::session::Sessions;
+use crate::session::{Sessions, in_transaction};
 
 const DURING: &str = "receive";
 
@@ -63,7 +63,7 @@ impl MongoInbox {
     /// Notes that `consumer` handles `id` in the session's transaction.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a name of more than 255 characters; [`ErrorKind::Conflict`] when a copy is being handled
+    /// [`ErrorKind::Invalid`] for a name of more than 255 characters, or a session without a transaction; [`ErrorKind::Conflict`] when a copy is being handled
     /// at this moment: run the transaction again; others as the server gives them: abort and try again.
     ///
     /// # Cancel safety
@@ -82,6 +82,7 @@ impl MongoInbox {
             )
             .with("consumer", consumer));
         }
+        in_transaction(session, DURING).await?;
         let sessions = Sessions::of(session.client(), &self.config)?;
         // Not an insert: a duplicate key would end the transaction.
         let name = doc! { "_id": { "consumer": consumer, "id": uuid(id) } };

@@ -33,7 +33,7 @@ impl Inspection for MongoStore {
 impl MongoStore {
     async fn look(&self, subject: &Subject, bound: i64) -> Told<Facts> {
         let collections = &self.sessions.collections;
-        let mut session = self.sessions.snapshot().await?;
+        let mut session = self.sessions.snapshot(None).await?;
         let (backlog, mut complete, mut found) = match subject {
             Subject::Message(id) => self.waiting_with_id(&mut session, *id, bound).await?,
             Subject::Key(key) => {
@@ -135,7 +135,7 @@ impl MongoStore {
     /// Messages that wait, with how many of their shards wait before each.
     async fn in_line(&self, session: &mut ClientSession, rows: Vec<Raw>, bound: i64) -> Told<Vec<Standing>> {
         let outbox = self.sessions.collections.outbox::<Raw>();
-        let (mut reading, mut found) = (Rows::default(), Vec::new());
+        let (mut reading, mut found) = (Rows::new(self.config.shards), Vec::new());
         for raw in &rows {
             let row = reading.read(raw);
             let shard = row.shard.unwrap_or(Shard(0));
@@ -162,11 +162,11 @@ impl MongoStore {
         let outbox = self.sessions.collections.outbox::<Raw>();
         let scheduled = self.sessions.collections.scheduled::<Raw>();
         let archived = doc! { "processed.at": { "$exists": true } };
-        let mut reading = Rows::default();
+        let mut reading = Rows::new(self.config.shards);
         let most = i64::try_from(MAX_PLACES).unwrap_or(i64::MAX);
         let mut complete = true;
         for (collection, filter, sort) in [
-            (&scheduled, doc! {}, doc! { "due": 1 }),
+            (&scheduled, doc! {}, doc! { "shard": 1, "due": 1, "_id": 1 }),
             (&outbox, archived, doc! { "processed.at": -1 }),
             (&outbox, dead_ones(), doc! { "dead.ts": 1 }),
         ] {

@@ -4,16 +4,17 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
+use mongodb::ClientSession;
 use mongodb::bson::{Bson, Document, doc};
 use outbox_core::{
-    DeadLetter, DeadLetterQuery, DeadLetters, Death, Hold, HoldRef, Message, OwnedShard, Parking, Promotion,
-    RecordRef, RelayId, Result, Retention, Scheduled, Shard, millis,
+    DeadLetter, DeadLetterQuery, DeadLetters, Death, Hold, HoldRef, Message, Ordering, OwnedShard, Parking,
+    Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard, millis,
 };
 
 use crate::commands::{Raw, dead, died, later, one, parked, shards, with_now};
 use crate::enqueue::{draw, insert};
 use crate::hold::{now, read_hold};
-use crate::row::{Rows, again, span, time, timestamp, uuid};
+use crate::row::{Row, Rows, again, span, time, timestamp, uuid};
 use crate::session::{Told, Transaction, commit};
 use crate::store::{MongoStore, dead_ones};
 
@@ -51,7 +52,7 @@ impl DeadLetters for MongoStore {
             let cursor = outbox.find(filter).sort(sorted).limit(limit).await?;
             cursor.try_collect::<Vec<Raw>>().await
         };
-        let mut rows = Rows::default();
+        let mut rows = Rows::new(self.config.shards);
         let letters = self.sessions.call(DURING, read).await?;
         Ok(letters.iter().map(|raw| dead_letter(&mut rows, raw)).collect())
     }
@@ -77,6 +78,9 @@ impl DeadLetters for MongoStore {
         Ok(gone)
     }
 }
+
+/// So many bytes of scheduled messages one transaction moves.
+const MOST_BYTES: usize = 8 << 20;
 
 /// A limit as the server takes it, for which 0 is none.
 fn limit(most: usize) -> Option<i64> {
@@ -134,29 +138,33 @@ impl MongoStore {
             .await?;
         let letters: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;
         if letters.is_empty() {
+            session.abort_transaction().await?;
             return Ok(0);
         }
         outbox.delete_many(dead(records)).session(&mut *session).await?;
-        let mut rows = Rows::default();
-        let messages: Vec<Message> = letters
-            .iter()
-            .map(|raw| Message::from_stored(rows.read(raw).parts))
-            .collect();
-        self.put_back(&mut session, &messages).await?;
+        self.put_back(&mut session, &letters).await?;
         commit(session).await?;
         Ok(letters.len())
     }
 
-    /// Puts messages into the outbox that were stored before, with new positions and the time that they had.
-    async fn put_back(&self, session: &mut mongodb::ClientSession, messages: &[Message]) -> Told<()> {
+    /// Puts documents into the outbox that were stored before, as they are, with new positions.
+    async fn put_back(&self, session: &mut ClientSession, stored: &[Raw]) -> Told<()> {
         let collections = &self.sessions.collections;
-        let mut numbers = match self.config.ordering {
-            outbox_core::Ordering::Insert => Default::default(),
-            outbox_core::Ordering::Sequenced => draw(collections, session, messages.iter()).await?,
-        };
-        let documents = messages
+        let mut reading = Rows::new(self.config.shards);
+        let rows: Vec<Row> = stored.iter().map(|raw| reading.read(raw)).collect();
+        let messages: Vec<Message> = rows
             .iter()
-            .map(|message| again(message, self.config.shards, numbers.next(message)))
+            .map(|row| Message::from_stored(row.parts.clone()))
+            .collect();
+        let mut numbers = match self.config.ordering {
+            Ordering::Insert => Default::default(),
+            Ordering::Sequenced => draw(collections, session, messages.iter()).await?,
+        };
+        let documents = stored
+            .iter()
+            .zip(&rows)
+            .zip(&messages)
+            .map(|((raw, row), message)| again(raw, row, self.config.shards, numbers.next(message)))
             .collect();
         insert(collections, session, documents).await
     }
@@ -180,7 +188,7 @@ impl MongoStore {
         };
         collections
             .outbox::<Raw>()
-            .update_one(one(hold.shard, hold.head), died(hold.shard, &death))
+            .update_one(one(hold.shard, hold.head), died(&death))
             .session(&mut *session)
             .await?;
         commit(session).await?;
@@ -211,41 +219,39 @@ impl MongoStore {
             .limit(most)
             .session(&mut *session)
             .await?;
-        let due: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;
-        let mut rows = Rows::default();
-        let messages: Vec<Message> = due
-            .iter()
-            .map(|raw| Message::from_stored(rows.read(raw).parts))
-            .collect();
+        // So many bytes at once: the leases are locked meanwhile.
+        let (mut due, mut bytes) = (Vec::new(), 0);
+        while bytes < MOST_BYTES && cursor.advance(&mut session).await? {
+            let raw = cursor.current().to_raw_document_buf();
+            bytes += raw.as_bytes().len();
+            due.push(raw);
+        }
+        drop(cursor);
         let names: Vec<Bson> = due
             .iter()
-            .filter_map(|raw| raw.get_object_id("_id").ok())
-            .map(Bson::ObjectId)
+            .filter_map(|raw| raw.get("_id").ok().flatten())
+            .filter_map(|name| name.try_into().ok())
             .collect();
         scheduled
             .delete_many(doc! { "_id": { "$in": names } })
             .session(&mut *session)
             .await?;
-        self.put_back(&mut session, &messages).await?;
+        self.put_back(&mut session, &due).await?;
         commit(session).await?;
-        Ok(Some(messages.len()))
+        Ok(Some(due.len()))
     }
 
     /// When the next of these shards is due.
     async fn next_due(&self, owned: &[OwnedShard]) -> Result<Option<Duration>> {
         let scheduled = self.sessions.collections.scheduled::<Raw>();
-        let next = async {
-            let pipeline = vec![
-                doc! { "$match": { "shard": { "$in": shards(owned.iter().map(|owned| owned.shard)) } } },
-                doc! { "$sort": { "due": 1 } },
-                doc! { "$limit": 1 },
-                doc! { "$project": { "due": 1 } },
-                with_now(),
-            ];
-            let cursor = scheduled.aggregate(pipeline).await?;
-            cursor.try_collect::<Vec<Document>>().await
-        };
-        let next = self.sessions.call(PROMOTE, next).await?;
+        let pipeline = vec![
+            doc! { "$match": { "shard": { "$in": shards(owned.iter().map(|owned| owned.shard)) } } },
+            doc! { "$sort": { "due": 1 } },
+            doc! { "$limit": 1 },
+            doc! { "$project": { "due": 1 } },
+            with_now(),
+        ];
+        let next = self.sessions.aggregate(PROMOTE, &scheduled, pipeline).await?;
         Ok(next.first().map(|document| {
             let due = document.get_datetime("due").copied();
             span(now(document), due.unwrap_or_else(|_| now(document)))
@@ -260,17 +266,13 @@ impl Parking for MongoStore {
             return Ok(Vec::new());
         };
         let holds = self.sessions.collections.holds();
-        let read = async {
-            let pipeline = [
-                doc! { "$match": { "parked": true, "over": { "$exists": false } } },
-                doc! { "$sort": { "head": 1, "_id": 1 } },
-                doc! { "$limit": limit },
-                with_now(),
-            ];
-            let cursor = holds.aggregate(pipeline).await?;
-            cursor.try_collect::<Vec<Document>>().await
-        };
-        let parked = self.sessions.call("list parked", read).await?;
+        let pipeline = vec![
+            doc! { "$match": { "parked": true, "over": { "$exists": false } } },
+            doc! { "$sort": { "head": 1, "_id": 1 } },
+            doc! { "$limit": limit },
+            with_now(),
+        ];
+        let parked = self.sessions.aggregate("list parked", &holds, pipeline).await?;
         Ok(parked.iter().map(read_hold).collect())
     }
 

@@ -1,4 +1,4 @@
-//! Reading batches: at most three finds in one snapshot.
+//! Reading batches: at most three finds in one snapshot, which is never older than what was settled.
 //!
 //! Order rests on the server's timestamps within a key, and on nothing between keys. So nobody remembers how far he has
 //! read: a find asks for what waits and is not in flight, key by key in the order of an index (*the ring*), and the next
@@ -7,8 +7,9 @@
 //! A key that a page ended in is *hot*: it is read on beside the ring, in turns with it, so that neither a key with
 //! a million messages holds up the others nor they it.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Bound;
 
 use async_trait::async_trait;
 use mongodb::ClientSession;
@@ -19,7 +20,8 @@ use outbox_core::{
 
 use crate::commands::{Raw, by_flow, shards};
 use crate::row::{Rows, flow, flows_of, timestamp};
-use crate::session::{Sessions, Told};
+use crate::session::{Sessions, Told, Transactions};
+use crate::store::MongoStore;
 
 const DURING: &str = "fetch";
 
@@ -33,12 +35,15 @@ const HOT: usize = 1_000;
 /// A reader; its connections are the store's.
 pub(crate) struct MongoReader {
     sessions: Sessions,
+    transactions: Transactions,
     /// Why everything that is known is void, which is told first.
     reset: Option<String>,
     ring: Ring,
     /// When the ring was begun: what is stored later waits for its next turn, so that nobody overtakes all others.
     turn: Option<Timestamp>,
-    hot: VecDeque<Flow>,
+    hot: BTreeSet<Flow>,
+    /// Behind which of them is read next.
+    hot_at: Option<Flow>,
     /// Keyless messages that were returned before and are wanted again.
     again: Vec<(Shard, Position)>,
     /// Whether hot keys are read before the ring this time.
@@ -53,12 +58,21 @@ struct Flow {
     name: String,
 }
 
+/// Where a page became full.
+struct Last {
+    flow: Flow,
+    /// Whether anything of this key was taken.
+    taken: bool,
+}
+
 /// Where the ring goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Ring {
     Start,
+    /// With this key.
+    At(Flow),
     /// Behind this key.
-    Key(Flow),
+    Behind(Flow),
     /// Behind this shard.
     Shard(Shard),
 }
@@ -75,11 +89,17 @@ impl Ring {
         };
         match self {
             Self::Start => (within_shards(owned), Self::Start),
-            Self::Key(Flow { shard, name }) if owned.contains(shard) => (
+            Self::At(Flow { shard, name }) if owned.contains(shard) => (
+                doc! { "shard": i32::from(shard.0), "flow": { "$gte": name } },
+                Self::Shard(*shard),
+            ),
+            Self::Behind(Flow { shard, name }) if owned.contains(shard) => (
                 doc! { "shard": i32::from(shard.0), "flow": { "$gt": name } },
                 Self::Shard(*shard),
             ),
-            Self::Key(Flow { shard, .. }) | Self::Shard(shard) => behind(*shard),
+            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) | Self::Shard(shard) => {
+                behind(*shard)
+            }
         }
     }
 
@@ -87,8 +107,10 @@ impl Ring {
     fn is_whole(&self, owned: &[Shard]) -> bool {
         match self {
             Self::Start => true,
-            Self::Key(Flow { shard, .. }) if owned.contains(shard) => false,
-            Self::Key(Flow { shard, .. }) | Self::Shard(shard) => owned.iter().all(|own| own <= shard),
+            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) if owned.contains(shard) => false,
+            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) | Self::Shard(shard) => {
+                owned.iter().all(|own| own <= shard)
+            }
         }
     }
 }
@@ -124,16 +146,18 @@ impl Page<'_> {
 }
 
 impl MongoReader {
-    pub(crate) fn new(sessions: &Sessions, reset: Option<String>) -> Self {
+    pub(crate) fn new(store: &MongoStore, reset: Option<String>) -> Self {
         Self {
-            sessions: sessions.clone(),
+            sessions: store.sessions.clone(),
+            transactions: store.transactions.clone(),
             reset,
             ring: Ring::Start,
             turn: None,
-            hot: VecDeque::new(),
+            hot: BTreeSet::new(),
+            hot_at: None,
             again: Vec::new(),
             hot_first: false,
-            rows: Rows::default(),
+            rows: Rows::new(store.config.shards),
         }
     }
 
@@ -142,13 +166,17 @@ impl MongoReader {
         for reread in &request.reread {
             match &reread.scope {
                 RereadScope::Shard => self.ring = Ring::Start,
-                RereadScope::Key(key) => self.hot.push_front(Flow::of_key(reread.shard, key)),
+                RereadScope::Key(key) => {
+                    self.hot.insert(Flow::of_key(reread.shard, key));
+                }
                 RereadScope::Message => self.again.push((reread.shard, reread.from)),
             }
         }
         self.hot
             .retain(|flow| owned.contains(&flow.shard) && !held.contains(&flow.name));
-        self.hot.truncate(HOT);
+        while self.hot.len() > HOT {
+            self.hot.pop_last();
+        }
         self.again.retain(|(shard, _)| owned.contains(shard));
     }
 
@@ -165,7 +193,7 @@ impl MongoReader {
             bytes: 0,
             full: false,
         };
-        let mut session = self.sessions.snapshot().await?;
+        let mut session = self.sessions.snapshot(self.transactions.settled()).await?;
         let (mut finds, mut complete) = (0, owned.is_empty());
         self.hot_first = !self.hot_first;
         if !self.again.is_empty() {
@@ -207,13 +235,17 @@ impl MongoReader {
         }
         let last = self.find(session, page, filter).await?;
         if whole {
-            self.turn = session.snapshot_time().or(session.operation_time());
+            self.turn = session.operation_time();
         }
         match last {
-            Some(last) => {
-                self.ring = Ring::Key(last.clone());
-                if !self.hot.contains(&last) {
-                    self.hot.push_back(last);
+            Some(Last { flow, taken }) => {
+                // A key of which nothing was taken has had no turn.
+                self.ring = match taken {
+                    true => Ring::Behind(flow.clone()),
+                    false => Ring::At(flow.clone()),
+                };
+                if taken {
+                    self.hot.insert(flow);
                 }
                 Ok(false)
             }
@@ -227,23 +259,32 @@ impl MongoReader {
     /// Reads on in keys that are hot. The filter may take in keys of the same name in another of the shards, which is no
     /// harm: they wait as well, and are read from their beginning.
     async fn read_hot(&mut self, session: &mut ClientSession, page: &mut Page<'_>) -> Told<()> {
-        let mut now: Vec<Flow> = Vec::new();
-        while now.len() < TOGETHER
-            && let Some(flow) = self.hot.pop_front()
-        {
-            now.push(flow);
-        }
+        let behind = match &self.hot_at {
+            Some(last) if self.hot.last() > Some(last) => (Bound::Excluded(last), Bound::Unbounded),
+            _ => (Bound::Unbounded, Bound::Unbounded),
+        };
+        let now: Vec<Flow> = self
+            .hot
+            .range::<Flow, _>(behind)
+            .take(TOGETHER)
+            .cloned()
+            .collect();
         let filter = doc! {
             "shard": { "$in": shards(now.iter().map(|flow| flow.shard)) },
             "flow": { "$in": now.iter().map(|flow| flow.name.as_str()).collect::<Vec<_>>() },
         };
-        if let Some(last) = self.find(session, page, filter).await? {
-            now.sort_unstable();
-            for flow in now.into_iter().rev().filter(|flow| *flow > last) {
-                self.hot.push_front(flow);
+        let last = self.find(session, page, filter).await?;
+        // Those before it were read to their ends, those behind it come next.
+        for flow in now {
+            if last.as_ref().is_none_or(|last| flow < last.flow) {
+                self.hot.remove(&flow);
             }
-            self.hot.push_back(last);
         }
+        self.hot_at = last
+            .as_ref()
+            .filter(|last| last.taken)
+            .map(|last| last.flow.clone());
+        self.hot.extend(last.map(|last| last.flow));
         Ok(())
     }
 
@@ -264,13 +305,13 @@ impl MongoReader {
         Ok(())
     }
 
-    /// Reads what the filter asks for and may be returned, key by key. Says in which key the page became full.
+    /// Reads what the filter asks for and may be returned, key by key. Says where the page became full.
     async fn find(
         &mut self,
         session: &mut ClientSession,
         page: &mut Page<'_>,
         mut filter: Document,
-    ) -> Told<Option<Flow>> {
+    ) -> Told<Option<Last>> {
         leave_out(&mut filter, page);
         let most = page.request.max_rows - page.records.len();
         let most = u32::try_from(most).unwrap_or(u32::MAX);
@@ -295,8 +336,9 @@ impl MongoReader {
                 }
             };
             let at = here();
-            if !page.take(row.record()) || page.full {
-                return Ok(Some(at));
+            let taken = page.take(row.record());
+            if page.full {
+                return Ok(Some(Last { flow: at, taken }));
             }
         }
         Ok(None)

@@ -156,8 +156,13 @@ async fn a_batch_is_at_most_three_finds_and_a_settlement_four_commands_and_the_c
             let Fetched::Batch { records: batch, more } = fetched.unwrap() else {
                 panic!("reset")
             };
-            assert!(said.iter().all(|command| command == "find"), "{said:?}");
-            assert!((1..=3).contains(&said.len()), "{said:?}");
+            // The end of the snapshot, of which nobody waits for an answer, may be heard at any time.
+            let finds: Vec<_> = said
+                .iter()
+                .filter(|command| *command != "abortTransaction")
+                .collect();
+            assert!(finds.iter().all(|command| *command == "find"), "{said:?}");
+            assert!((1..=3).contains(&finds.len()), "{said:?}");
             request
                 .in_flight
                 .extend(batch.iter().map(|record| (record.shard, record.position)));
@@ -171,6 +176,10 @@ async fn a_batch_is_at_most_three_finds_and_a_settlement_four_commands_and_the_c
         let settlement = of_all_kinds(&counted.relay, &owned, &records);
         let (settled, said) = counted.during(counted.store.settle(&settlement)).await;
         assert_eq!(settled.unwrap().lost, []);
+        let said: Vec<_> = said
+            .into_iter()
+            .filter(|command| command != "abortTransaction")
+            .collect();
         let (commit, writes) = said.split_last().unwrap();
         assert_eq!(commit, "commitTransaction");
         assert!(writes.len() <= 4, "{said:?}");

@@ -91,12 +91,20 @@ pub(crate) fn waiting(message: &Message, shards: u16, number: Option<i64>) -> Do
     document
 }
 
-/// A message that was stored before, with a new position and the time that it had.
-pub(crate) fn again(message: &Message, shards: u16, number: Option<i64>) -> Document {
-    let mut document = whole(message, shards, number);
+/// A document that was stored before, whole, with a new position, a number of its own and the time that it had.
+pub(crate) fn again(raw: &RawDocument, row: &Row, shards: u16, number: Option<i64>) -> Document {
+    let mut document = raw.to_raw_document_buf().to_document().unwrap_or_default();
+    for field in ["_id", "dead", "processed", "due", "clock", "seq"] {
+        document.remove(field);
+    }
+    let shard = shard_of(row.parts.key.as_deref(), row.parts.id, shards);
+    document.insert("shard", i32::from(shard.0));
     document.insert("ts", NOW);
-    if let Some(created) = message.created_at() {
+    if let Some(created) = row.parts.created_at {
         document.insert("created_at", date(created));
+    }
+    if let Some(number) = number {
+        document.insert("seq", number);
     }
     document
 }
@@ -176,8 +184,12 @@ pub(crate) fn span(from: DateTime, to: DateTime) -> Duration {
 }
 
 /// Reads documents of messages.
-#[derive(Debug, Default)]
-pub(crate) struct Rows(StoredMessages);
+#[derive(Debug)]
+pub(crate) struct Rows {
+    messages: StoredMessages,
+    /// How many shards there are.
+    shards: u16,
+}
 
 /// A document of a message, read.
 pub(crate) struct Row {
@@ -210,6 +222,13 @@ impl Row {
 }
 
 impl Rows {
+    pub(crate) fn new(shards: u16) -> Self {
+        Self {
+            messages: StoredMessages::default(),
+            shards,
+        }
+    }
+
     /// The message in a document, and where it stands.
     pub(crate) fn read(&mut self, document: &RawDocument) -> Row {
         let mut stored = StoredMessage::default();
@@ -225,7 +244,7 @@ impl Rows {
                 ("ts", RawBsonRef::Timestamp(value)) => ts = Some(value),
                 ("seq", value) => seq = number(value),
                 ("flow", RawBsonRef::String(value)) => name = Some(value),
-                ("id", RawBsonRef::Binary(value)) => {
+                ("id", RawBsonRef::Binary(value)) if value.subtype == BinarySubtype::Uuid => {
                     stored.id = value.bytes.try_into().ok().map(MessageId::from_bytes);
                 }
                 ("topic", RawBsonRef::String(value)) => stored.topic = value,
@@ -257,7 +276,12 @@ impl Rows {
         }
         let ts = ts.unwrap_or(NOW);
         stored.created_at.get_or_insert_with(|| stored_at(ts, clock));
-        let (parts, defect) = self.0.parts(stored);
+        // Whoever owns another shard would deliver it beside the others of its key.
+        if shard.is_some_and(|shard| Shard(shard) != shard_of(stored.key.as_deref(), id, self.shards)) {
+            let defect = "its shard is not that of its key, or of its id if it has none".to_owned();
+            stored.defect.get_or_insert(defect);
+        }
+        let (parts, defect) = self.messages.parts(stored);
         Row {
             shard: shard.map(Shard),
             position: position(ts),
@@ -284,7 +308,7 @@ mod tests {
     use super::*;
 
     fn read(document: &Document) -> Row {
-        Rows::default().read(&RawDocumentBuf::from_document(document).unwrap())
+        Rows::new(64).read(&RawDocumentBuf::from_document(document).unwrap())
     }
 
     #[test]
@@ -356,6 +380,11 @@ mod tests {
             ("flow", Bson::String("orders".to_owned())),
             ("flow", Bson::String("orders/#3432".to_owned())),
             ("id", Bson::Binary(binary(vec![1, 2, 3]))),
+            ("id", Bson::Binary(binary(message.id().as_bytes().to_vec()))),
+            (
+                "shard",
+                Bson::Int32(i32::from(shard_of(Some(b"42"), message.id(), 64).0) ^ 1),
+            ),
             ("topic", Bson::Int32(1)),
             ("payload", Bson::String("text".to_owned())),
             ("headers", Bson::String("{\"a\": 1}".to_owned())),

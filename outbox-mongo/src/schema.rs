@@ -1,15 +1,16 @@
 //! Making the collections, and checking that they are what this version works with.
 
+use futures::TryStreamExt;
 use mongodb::bson::oid::ObjectId;
 use mongodb::bson::{Bson, DateTime, Document, Timestamp, doc};
 use mongodb::error::ErrorKind as Driver;
-use outbox_core::{Error, ErrorKind, Identifier, Migrated, Ordering, Position, Result, Role};
+use outbox_core::{Error, ErrorKind, Identifier, MessageId, Migrated, Ordering, Position, Result, Role};
 
 use crate::commands::{Collections, Names, by_flow, by_place};
 use crate::config::MongoConfig;
 use crate::error::STANDALONE;
-use crate::row::position;
-use crate::session::{Sessions, Told};
+use crate::row::{position, uuid};
+use crate::session::{Sessions, Told, write};
 
 const DURING: &str = "migrate";
 const CHECK: &str = "check schema";
@@ -55,11 +56,13 @@ pub async fn migrate(config: &MongoConfig) -> Result<Migrated> {
         // What is half-made goes on as it was begun.
         let facts = Facts::read(&sessions).await?.ok_or_else(|| missing(config))?;
         facts.check_ordering(config)?;
-        run(making(names, facts.shards(config)?)).await?;
+        run(making(names, facts.shards(config)?, config)).await?;
         run(vec![made(names)]).await?;
     }
     check(&sessions, config).await?;
-    run(vec![keeping(names, config)]).await?;
+    if kept(&sessions).await? != Some(i64::from(seconds(config))) {
+        run(vec![keeping(names, config)]).await?;
+    }
     Ok(Migrated { from, to: VERSION })
 }
 
@@ -74,12 +77,12 @@ pub async fn migrate(config: &MongoConfig) -> Result<Migrated> {
 pub fn migration_script(config: &MongoConfig) -> String {
     let names = Names::new(&config.prefix);
     let all = std::iter::once(begun(&names, config))
-        .chain(making(&names, config.shards))
+        .chain(making(&names, config.shards, config))
         .chain([made(&names), keeping(&names, config)]);
     let mut script = String::from(
         "// Run it with mongosh, connected to the database of the outbox.\n\
          const run = (command) => {\n    try {\n        db.runCommand(EJSON.parse(command, { relaxed: false }));\n    } \
-         catch (error) {\n        if (error.code !== 48) throw error; // it exists\n    }\n};\n",
+         catch (error) {\n        if (error.code !== 48 && error.code !== 85) throw error; // it exists\n    }\n};\n",
     );
     for command in all {
         script += &format!("run({});\n", quoted(&command));
@@ -157,11 +160,29 @@ fn made(names: &Names) -> Document {
 
 /// For how long the server itself keeps what was delivered.
 fn keeping(names: &Names, config: &MongoConfig) -> Document {
-    let seconds = match config.archive_ttl.as_secs() {
+    doc! { "collMod": names.name(""), "index": { "name": "processed", "expireAfterSeconds": seconds(config) } }
+}
+
+fn seconds(config: &MongoConfig) -> i32 {
+    match config.archive_ttl.as_secs() {
         0 => NEVER,
         seconds => i32::try_from(seconds).unwrap_or(NEVER),
+    }
+}
+
+/// For how many seconds it keeps it now. Asked first, because changing an index waits for all transactions, and all wait
+/// for it.
+async fn kept(sessions: &Sessions) -> Result<Option<i64>> {
+    let outbox = sessions.collections.outbox::<Document>();
+    let indexes = async {
+        let cursor = outbox.list_indexes().await?;
+        cursor.try_collect::<Vec<_>>().await
     };
-    doc! { "collMod": names.name(""), "index": { "name": "processed", "expireAfterSeconds": seconds } }
+    let indexes = sessions.call(DURING, indexes).await?;
+    let found = indexes.into_iter().filter_map(|index| index.options);
+    let mut found = found.filter(|options| options.name.as_deref() == Some("processed"));
+    let kept = found.next().and_then(|options| options.expire_after);
+    Ok(kept.and_then(|kept| i64::try_from(kept.as_secs()).ok()))
 }
 
 /// The longest that an index knows: 68 years.
@@ -175,14 +196,20 @@ fn noted(names: &Names, change: Document) -> Document {
 }
 
 /// Makes what is not there: each command does nothing where it is done.
-fn making(names: &Names, shards: u16) -> Vec<Document> {
+fn making(names: &Names, shards: u16, config: &MongoConfig) -> Vec<Document> {
     let mut commands: Vec<Document> = ["", "_scheduled", "_hold", "_lease", "_sequence", "_inbox"]
         .into_iter()
         .map(|suffix| doc! { "create": names.name(suffix) })
         .collect();
     // A collection may be there because somebody enqueued before the outbox was made.
     for (suffix, when, kind) in [("", "ts", "timestamp"), ("_scheduled", "due", "date")] {
-        commands.push(doc! { "collMod": names.name(suffix), "validator": validator(when, kind) });
+        let numbered = suffix.is_empty() && config.ordering == Ordering::Sequenced;
+        commands.push(doc! {
+            "collMod": names.name(suffix),
+            "validator": validator(when, kind, shards, numbered),
+            // What was there before can be changed, so that it can die.
+            "validationLevel": "moderate",
+        });
     }
     let indexes = [
         (
@@ -192,7 +219,7 @@ fn making(names: &Names, shards: u16) -> Vec<Document> {
                 doc! { "name": "place", "key": by_place() },
                 doc! { "name": "dead", "key": { "dead.ts": 1, "id": 1 }, "sparse": true },
                 doc! {
-                    "name": "processed", "key": { "processed.at": 1 }, "sparse": true, "expireAfterSeconds": NEVER,
+                    "name": "processed", "key": { "processed.at": 1 }, "sparse": true, "expireAfterSeconds": seconds(config),
                 },
             ],
         ),
@@ -227,8 +254,8 @@ async fn run(collections: &Collections, commands: Vec<Document>) -> Told<()> {
         let majority = doc! { "w": "majority" };
         let mut command = command;
         command.insert("writeConcern", majority);
-        match collections.database.run_command(command).await {
-            Err(error) if code(&error) == Some(EXISTS) => {}
+        match write(collections, None, command).await {
+            Err(error) if matches!(code(&error), Some(EXISTS | OTHER_OPTIONS)) => {}
             other => drop(other?),
         }
     }
@@ -240,6 +267,8 @@ pub(crate) const EPOCH: DateTime = DateTime::from_millis(0);
 
 /// A collection of that name is there.
 const EXISTS: i32 = 48;
+/// An index of that name is there which keeps what was delivered for another time: that is changed by itself.
+const OTHER_OPTIONS: i32 = 85;
 
 fn code(error: &mongodb::error::Error) -> Option<i32> {
     match error.kind.as_ref() {
@@ -248,20 +277,30 @@ fn code(error: &mongodb::error::Error) -> Option<i32> {
     }
 }
 
-/// What a message needs to be found: without it nobody would ever read it. `when` is its position or its time.
-fn validator(when: &str, kind: &str) -> Document {
-    doc! { "$jsonSchema": {
+/// What a message needs to be found and settled: without it nobody would ever read it, or read it for ever. `when` is its
+/// position or its time; where messages are numbered, one with a key needs its number.
+fn validator(when: &str, kind: &str, shards: u16, numbered: bool) -> Document {
+    let id = |byte: u8| uuid(MessageId::from_bytes([byte; 16]));
+    let mut schema = doc! {
         "bsonType": "object",
         "required": ["flow", "id", "topic", when],
         "properties": {
-            "shard": { "bsonType": "int", "minimum": 0 },
+            "shard": { "bsonType": "int", "minimum": 0, "maximum": i32::from(shards) - 1 },
             "flow": { "bsonType": "string" },
-            "id": { "bsonType": "binData" },
             "topic": { "bsonType": "string" },
             when: { "bsonType": kind },
         },
         "anyOf": [{ "required": ["shard"] }, { "required": ["dead"] }, { "required": ["processed"] }],
-    } }
+    };
+    if numbered {
+        let keyless = doc! { "properties": { "flow": { "pattern": "^[^/]*/-" } } };
+        schema.insert(
+            "allOf",
+            vec![doc! { "anyOf": [{ "required": ["seq"] }, keyless] }],
+        );
+    }
+    // Binaries are ordered by length, then by subtype: between these two are the UUIDs, and nothing else.
+    doc! { "$jsonSchema": schema, "id": { "$gte": id(0), "$lte": id(255) } }
 }
 
 /// What is known of an outbox that is there.

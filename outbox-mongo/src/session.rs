@@ -1,20 +1,22 @@
 //! The one way to the server: each call has its limit, and a transaction that lost a race is tried again as a whole.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use mongodb::bson::{Document, doc};
-use mongodb::error::{Error as DriverError, UNKNOWN_TRANSACTION_COMMIT_RESULT};
+use futures::TryStreamExt;
+use mongodb::bson::{Bson, Document, Timestamp, doc};
+use mongodb::error::{Error as DriverError, ErrorKind as Driver, UNKNOWN_TRANSACTION_COMMIT_RESULT};
 use mongodb::options::ReadConcern;
-use mongodb::{Client, ClientSession};
-use outbox_core::{Result, within};
+use mongodb::{Client, ClientSession, Collection};
+use outbox_core::{Error, ErrorKind, Result, within};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::sleep;
 
 use crate::commands::Collections;
 use crate::config::MongoConfig;
-use crate::error::{During, is_transient};
+use crate::error::{During, Refused, is_transient};
 
 /// What the driver answers.
 pub(crate) type Told<T> = std::result::Result<T, DriverError>;
@@ -58,18 +60,34 @@ impl Sessions {
         within(self.limit, during, async { call.await.during(during) }).await
     }
 
+    /// All answers of an aggregation, within the limit.
+    pub(crate) async fn aggregate<T: Send + Sync>(
+        &self,
+        during: &'static str,
+        collection: &Collection<T>,
+        pipeline: Vec<Document>,
+    ) -> Result<Vec<Document>> {
+        let read = async {
+            let cursor = collection.aggregate(pipeline).await?;
+            cursor.try_collect().await
+        };
+        self.call(during, read).await
+    }
+
     /// The session for a store's transactions.
     pub(crate) async fn transactions(&self) -> Result<Transactions> {
         let session = self.client.start_session().await.during("connect")?;
         Ok(Transactions {
             id: session.id().clone(),
             session: Arc::new(Mutex::new(session)),
+            open: Arc::default(),
+            settled: Arc::default(),
             limit: self.limit,
         })
     }
 
-    /// Ends what is open in the sessions of relays that have lost their leases. Where the server does not allow it, it ends
-    /// them itself, a minute after they were begun.
+    /// Ends what is open in the sessions of relays that have lost their leases, if they have this account. Others the server
+    /// ends itself, a minute after they were begun.
     pub(crate) async fn kill(&self, during: &'static str, sessions: Vec<Document>) {
         let database = &self.collections.database;
         let kill = doc! { "killSessions": sessions };
@@ -79,14 +97,26 @@ impl Sessions {
         if let Err(error) = killed {
             tracing::warn!(
                 error = %error,
-                "an open transaction of a relay that is gone cannot be ended: its shards may wait for a minute"
+                "a transaction that nobody ends cannot be ended: what it has locked may wait for a minute"
             );
         }
     }
 
-    /// A session whose reads see one moment.
-    pub(crate) async fn snapshot(&self) -> Told<ClientSession> {
-        self.client.start_session().snapshot(true).await
+    /// A session whose reads see one moment, not before `settled`: a transaction that only reads. It ends when the session
+    /// is dropped.
+    ///
+    /// Not a snapshot session of the driver's, which knows no earliest moment: a primary that has just taken over could
+    /// show what was settled already.
+    pub(crate) async fn snapshot(&self, settled: Option<Timestamp>) -> Told<ClientSession> {
+        let mut session = self.client.start_session().await?;
+        if let Some(settled) = settled {
+            session.advance_operation_time(settled);
+        }
+        session
+            .start_transaction()
+            .read_concern(ReadConcern::snapshot())
+            .await?;
+        Ok(session)
     }
 }
 
@@ -99,6 +129,10 @@ impl Sessions {
 pub(crate) struct Transactions {
     session: Arc<Mutex<ClientSession>>,
     id: Document,
+    /// Whether one was begun of which it is not known that it ended.
+    open: Arc<AtomicBool>,
+    /// When the last one was committed.
+    settled: Arc<std::sync::Mutex<Option<Timestamp>>>,
     limit: Duration,
 }
 
@@ -109,6 +143,26 @@ impl Transactions {
     /// The session's id, by which it can be killed.
     pub(crate) const fn id(&self) -> &Document {
         &self.id
+    }
+
+    /// When the last transaction was committed: whoever reads has to see it.
+    pub(crate) fn settled(&self) -> Option<Timestamp> {
+        *self.settled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The server's times are no longer those that they were.
+    pub(crate) fn forget(&self) {
+        *self.settled.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Ends what was dropped half-way, if nobody is at work: it would be in the way of a renewal of its own relay's.
+    pub(crate) async fn end(&self, during: &'static str, sessions: &Sessions) {
+        if self.open.load(Ordering::Relaxed)
+            && let Ok(_idle) = self.session.try_lock()
+        {
+            sessions.kill(during, vec![self.id.clone()]).await;
+            self.open.store(false, Ordering::Relaxed);
+        }
     }
 
     /// A transaction that `attempt` ends, within the limit: again from its beginning when it lost a race, after a random
@@ -126,7 +180,11 @@ impl Transactions {
             let mut tries = 0;
             loop {
                 let begun = self.begin().await.during(during)?;
-                match attempt(begun).await {
+                let told = attempt(begun).await;
+                if told.is_ok() {
+                    self.note_end().await;
+                }
+                match told {
                     Err(error) if is_transient(&error) && tries < TRIES => {
                         tries += 1;
                         let longest = 1_u64 << tries.min(6);
@@ -139,8 +197,18 @@ impl Transactions {
         within(self.limit, during, trying).await
     }
 
+    /// It was committed, or aborted on purpose.
+    async fn note_end(&self) {
+        let at = self.session.lock().await.operation_time();
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        // Timestamps are ordered by their seconds, then by their increments.
+        *settled = (*settled).max(at);
+        self.open.store(false, Ordering::Relaxed);
+    }
+
     async fn begin(&self) -> Told<Transaction> {
         let mut session = Arc::clone(&self.session).lock_owned().await;
+        self.open.store(true, Ordering::Relaxed);
         // Of one that was dropped or failed; most often there is none, which the driver knows without asking.
         let _ = session.abort_transaction().await;
         session
@@ -161,6 +229,49 @@ pub(crate) async fn commit(mut transaction: Transaction) -> Told<()> {
             }
             told => return told,
         }
+    }
+}
+
+/// The driver does not tell whether a transaction is open, but it begins none in one, which it decides by itself.
+pub(crate) async fn in_transaction(session: &mut ClientSession, during: &'static str) -> Result<()> {
+    match session.start_transaction().await {
+        Err(error) => match error.kind.as_ref() {
+            Driver::Transaction { message, .. } if message.contains("in progress") => Ok(()),
+            _ => Err(error).during(during),
+        },
+        Ok(()) => {
+            session.abort_transaction().await.during(during)?;
+            Err(Error::new(
+                ErrorKind::Invalid,
+                during,
+                "the session has no transaction: call start_transaction, and commit when all is written",
+            ))
+        }
+    }
+}
+
+/// Runs a command of several writes, in a transaction or by itself. One that is refused is told in the answer, not as an
+/// error.
+pub(crate) async fn write(
+    collections: &Collections,
+    session: Option<&mut ClientSession>,
+    command: Document,
+) -> Told<Document> {
+    let run = collections.database.run_command(command);
+    let told = match session {
+        Some(session) => run.session(session).await?,
+        None => run.await?,
+    };
+    let failed = |name: &str| {
+        let failed = match told.get(name)? {
+            Bson::Array(all) => all.first()?.as_document()?,
+            one => one.as_document()?,
+        };
+        failed.get_i32("code").ok()
+    };
+    match failed("writeErrors").or_else(|| failed("writeConcernError")) {
+        Some(code) => Err(DriverError::custom(Refused(code))),
+        None => Ok(told),
     }
 }
 

@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::TryStreamExt;
 use mongodb::ClientSession;
 use mongodb::bson::{Document, doc};
 use outbox_core::{
@@ -13,15 +13,15 @@ use outbox_core::{
     OutboxStore, OwnedShard, Parking, Position, Reader, RelayId, Result, Retention, Scheduled, Settled,
     Settlement, Shard, Stats, WakeUp,
 };
+use tokio::time::sleep;
 
 use crate::commands::{Raw, every_shard, fence, later, leased, owned, shards, with_now};
 use crate::config::MongoConfig;
-use crate::enqueue::run;
 use crate::hold::{now, read_hold};
 use crate::reader::MongoReader;
-use crate::row::{Rows, span};
+use crate::row::{Rows, date, span};
 use crate::schema::{EPOCH, Outbox, check};
-use crate::session::{Sessions, Told, Transaction, Transactions, commit};
+use crate::session::{Sessions, Told, Transaction, Transactions, commit, write};
 use crate::wake::ChangeStream;
 
 /// An outbox in a MongoDB database, as the relay and operators use it.
@@ -101,12 +101,9 @@ impl MongoStore {
     /// All leases and all members that were alive once, as of one moment.
     async fn leases(&self, during: &'static str) -> Result<Owners> {
         let collection = self.sessions.collections.leases();
-        let read = async {
-            let cursor = collection.aggregate([with_now()]).await?;
-            cursor.try_collect::<Vec<Document>>().await
-        };
+        let told = self.sessions.aggregate(during, &collection, vec![with_now()]);
         let mut owners = Owners::default();
-        for document in &self.sessions.call(during, read).await? {
+        for document in &told.await? {
             let lease = Lease::read(document);
             match (document.get_str("_id"), lease.shard) {
                 (Ok(relay), _) if lease.is_free() => owners.gone.push(RelayId::new(relay)),
@@ -163,7 +160,7 @@ impl MongoStore {
             collections.holding(parts),
         ];
         for command in commands.into_iter().flatten() {
-            run(collections, Some(&mut *session), command).await?;
+            write(collections, Some(&mut *session), command).await?;
         }
         commit(session).await?;
         Ok(true)
@@ -185,7 +182,9 @@ impl MongoStore {
     }
 }
 
-/// So long a fetch's or a settlement's documents are looked for at most.
+/// Before a settlement is tried again of which something was lost.
+const PAUSE: Duration = Duration::from_millis(2);
+/// How far what may be many is counted.
 const COUNTED: u64 = 100_000;
 
 #[async_trait]
@@ -196,11 +195,12 @@ impl OutboxStore for MongoStore {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
         const DURING: &str = "lease";
+        self.transactions.end(DURING, &self.sessions).await;
         let collections = &self.sessions.collections;
         let (relay, until) = (request.relay.as_str(), later(request.ttl_millis()));
         let renewal = collections.renewal(relay, &until);
         self.sessions
-            .call(DURING, async { run(collections, None, renewal).await })
+            .call(DURING, async { write(collections, None, renewal).await })
             .await?;
         let leases = collections.leases();
         let owners = self.leases(DURING).await?;
@@ -226,16 +226,16 @@ impl OutboxStore for MongoStore {
             if !left.is_empty() {
                 self.sessions.kill(DURING, left).await;
             }
-            let free = shards(free.iter().map(|lease| lease.shard));
-            let free = doc! { "_id": { "$in": free }, "$expr": { "$lte": ["$until", "$$NOW"] } };
-            let take = doc! { "$set": {
-                "owner": { "$literal": relay },
-                "epoch": { "$add": ["$epoch", 1_i64] },
-                "until": until,
-                "session": { "$literal": self.transactions.id() },
-            } };
-            let taken = async { leases.update_many(free, vec![take]).await };
-            self.sessions.call(DURING, taken).await?;
+            let free = free.iter().map(|lease| lease.shard);
+            let taking = collections.taking(relay, own, free, request.ttl_millis());
+            let taken = async { write(collections, None, taking).await };
+            if let Err(error) = self.sessions.call(DURING, taken).await {
+                if !error.is_retryable() {
+                    return Err(error);
+                }
+                // The next call tries again. What was renewed is the relay's all the same.
+                tracing::debug!(error = %error, "not all free shards could be taken");
+            }
             held = self.held(DURING, &request.relay).await?;
         }
         Ok(Leases {
@@ -247,6 +247,7 @@ impl OutboxStore for MongoStore {
 
     async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()> {
         const DURING: &str = "release";
+        self.transactions.end(DURING, &self.sessions).await;
         let collections = &self.sessions.collections;
         if !shards.is_empty() {
             let leases = collections.leases();
@@ -265,21 +266,20 @@ impl OutboxStore for MongoStore {
     async fn holds(&self, owned: &[OwnedShard]) -> Result<Vec<Hold>> {
         let collection = self.sessions.collections.holds();
         let asked = shards(owned.iter().map(|owned| owned.shard));
-        let read = async {
-            let asked = doc! { "$match": { "shard": { "$in": asked }, "over": { "$exists": false } } };
-            let cursor = collection.aggregate([asked, with_now()]).await?;
-            cursor.try_collect::<Vec<Document>>().await
-        };
-        let holds = self.sessions.call("holds", read).await?;
-        Ok(holds.iter().map(read_hold).collect())
+        let asked = doc! { "$match": { "shard": { "$in": asked }, "over": { "$exists": false } } };
+        let holds = self
+            .sessions
+            .aggregate("holds", &collection, vec![asked, with_now()]);
+        Ok(holds.await?.iter().map(read_hold).collect())
     }
 
     async fn reader(&self) -> Result<Box<dyn Reader>> {
         let now = check(&self.sessions, &self.config).await?;
-        Ok(Box::new(MongoReader::new(
-            &self.sessions,
-            self.known.compare(now),
-        )))
+        let reset = self.known.compare(now);
+        if reset.is_some() {
+            self.transactions.forget();
+        }
+        Ok(Box::new(MongoReader::new(self, reset)))
     }
 
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
@@ -290,7 +290,8 @@ impl OutboxStore for MongoStore {
             if self.transactions.run(DURING, tried).await? {
                 break;
             }
-            // What was lost is not even tried again.
+            // What was lost is not even tried again. A look that is older than the refusal may show it as held.
+            sleep(PAUSE).await;
             let held = self.held(DURING, &settlement.relay).await?;
             let kept = |shard, epoch| held.contains(&OwnedShard { shard, epoch });
             settling
@@ -306,29 +307,24 @@ impl OutboxStore for MongoStore {
         const DURING: &str = "stats";
         let collections = &self.sessions.collections;
         let all = doc! { "shard": { "$in": every_shard(self.config.shards) } };
-        let bounded = i64::try_from(COUNTED).unwrap_or(i64::MAX);
         let outbox = collections.outbox::<Raw>();
-        let oldest = async {
-            let oldest = vec![
-                doc! { "$match": all.clone() },
-                doc! { "$sort": { "ts": 1 } },
-                doc! { "$limit": 1 },
-                doc! { "$project": { "payload": 0, "headers": 0 } },
-                with_now(),
-            ];
-            let cursor = outbox.aggregate(oldest).await?;
-            cursor.try_collect::<Vec<Document>>().await
-        };
-        let oldest = self.sessions.call(DURING, oldest).await?;
+        let oldest = vec![
+            doc! { "$match": all.clone() },
+            doc! { "$sort": { "ts": 1 } },
+            doc! { "$limit": 1 },
+            doc! { "$project": { "payload": 0, "headers": 0 } },
+            with_now(),
+        ];
+        let oldest = self.sessions.aggregate(DURING, &outbox, oldest).await?;
         let oldest_age = oldest.first().map(|document| {
             let created = Raw::from_document(document)
                 .ok()
-                .and_then(|raw| Rows::default().read(&raw).parts.created_at)
-                .map_or(EPOCH, crate::row::date);
+                .and_then(|raw| Rows::new(self.config.shards).read(&raw).parts.created_at)
+                .map_or(EPOCH, date);
             span(created, now(document))
         });
         let count = async |filter: Document| {
-            let counted = async { outbox.count_documents(filter).limit(bounded.unsigned_abs()).await };
+            let counted = async { outbox.count_documents(filter).limit(COUNTED).await };
             self.sessions.call(DURING, counted).await
         };
         let backlog = count(all.clone()).await?;
@@ -416,7 +412,7 @@ struct Lease {
     /// That of the owner's transactions.
     session: Option<Document>,
     /// None when it is over.
-    left: Option<std::time::Duration>,
+    left: Option<Duration>,
 }
 
 impl Lease {

@@ -81,8 +81,19 @@ async fn the_effect_happens_once_for_each_consumer() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_too_long_is_refused() {
+async fn what_would_note_wrongly_is_refused() {
     let (place, inbox) = with_effects().await;
+    // Nor without a transaction, where the note would stay without the effect.
+    let mut session = place.client.start_session().await.unwrap();
+    let error = inbox
+        .receive(&mut session, "billing", MessageId::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert_eq!(
+        place.collection("_inbox").count_documents(doc! {}).await.unwrap(),
+        0
+    );
     let mut session = place.begin().await;
     let long = "ü".repeat(256);
     let error = inbox

@@ -10,7 +10,9 @@ mod common;
 use common::{Place, client, database, message, unique, url};
 use outbox_core::{Ordering, OutboxStore};
 use outbox_mongo::mongodb::bson::{Bson, Document, doc};
-use outbox_mongo::{ErrorKind, MongoConfig, MongoStore, migrate, migration_script};
+use outbox_mongo::{
+    ErrorKind, Identifier, MongoConfig, MongoStore, Role, grant_script, migrate, migration_script,
+};
 
 #[tokio::test]
 async fn migrating_again_changes_nothing() {
@@ -184,6 +186,35 @@ async fn the_script_makes_the_same_outbox() {
         assert_eq!(names(&database).await, names(&made.db()).await, "{name}");
     }
     drop_database(&config).await;
+}
+
+/// What a role is granted is a command that the server takes.
+#[tokio::test]
+async fn the_scripts_of_roles_are_commands() {
+    let place = Place::new().await;
+    for role in [Role::Produce, Role::Relay] {
+        let name = Identifier::new(&unique("role")).unwrap();
+        let script = grant_script(&place.config, role, &name).unwrap();
+        let command = script
+            .strip_prefix("db.runCommand(EJSON.parse('")
+            .and_then(|rest| rest.split("', {").next())
+            .unwrap();
+        let json: serde_json::Value = serde_json::from_str(command).unwrap();
+        let command = Bson::try_from(json).unwrap();
+        let command = command.as_document().unwrap().clone();
+        place.db().run_command(command).await.unwrap();
+        let told = place
+            .db()
+            .run_command(doc! { "rolesInfo": name.as_str() })
+            .await
+            .unwrap();
+        assert_eq!(told.get_array("roles").unwrap().len(), 1);
+        place
+            .db()
+            .run_command(doc! { "dropRole": name.as_str() })
+            .await
+            .unwrap();
+    }
 }
 
 /// After the database was replaced, whatever a relay knows is void: its next reader says so, once.
