@@ -174,8 +174,8 @@ impl Collections {
         }
     }
 
-    /// Takes leases that are over. One that another's transaction keeps locked is not waited for, or the relay would lose
-    /// its own meanwhile.
+    /// Takes leases that are over. One that another's transaction keeps locked is not waited for long, or the relay would
+    /// lose its own meanwhile; those before it are taken.
     pub(crate) fn taking(
         &self,
         relay: &str,
@@ -183,22 +183,16 @@ impl Collections {
         free: impl Iterator<Item = Shard>,
         ttl: StoreMillis,
     ) -> Document {
+        let over = doc! { "_id": { "$in": shards(free) }, "$expr": { "$lte": ["$until", "$$NOW"] } };
         let take = vec![doc! { "$set": {
             "owner": { "$literal": relay },
             "epoch": { "$add": ["$epoch", 1_i64] },
             "until": later(ttl),
             "session": { "$literal": session },
         } }];
-        let updates: Vec<Document> = free
-            .map(|shard| {
-                let over = doc! { "_id": i32::from(shard.0), "$expr": { "$lte": ["$until", "$$NOW"] } };
-                doc! { "q": over, "u": take.clone() }
-            })
-            .collect();
         doc! {
             "update": self.name("_lease"),
-            "updates": updates,
-            "ordered": false,
+            "updates": [{ "q": over, "u": take, "multi": true }],
             "writeConcern": { "w": "majority" },
             "maxTimeMS": (ttl / 10).clamp(100, self.millis()),
         }

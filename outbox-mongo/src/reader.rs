@@ -14,11 +14,12 @@ use std::ops::Bound;
 use async_trait::async_trait;
 use mongodb::ClientSession;
 use mongodb::bson::{Bson, Document, Timestamp, doc};
+use mongodb::options::Hint;
 use outbox_core::{
     FetchRequest, Fetched, MessageId, OrderKey, Position, Reader, Record, RereadScope, Result, Shard,
 };
 
-use crate::commands::{Raw, by_flow, shards};
+use crate::commands::{Raw, by_flow, by_place, shards};
 use crate::row::{Rows, flow, flows_of, timestamp};
 use crate::session::{Sessions, Told, Transactions};
 use crate::store::MongoStore;
@@ -233,7 +234,7 @@ impl MongoReader {
         if let (false, Some(turn)) = (whole, self.turn) {
             filter.insert("ts", doc! { "$lte": turn });
         }
-        let last = self.find(session, page, filter).await?;
+        let last = self.find(session, page, filter, by_flow()).await?;
         if whole {
             self.turn = session.operation_time();
         }
@@ -273,7 +274,7 @@ impl MongoReader {
             "shard": { "$in": shards(now.iter().map(|flow| flow.shard)) },
             "flow": { "$in": now.iter().map(|flow| flow.name.as_str()).collect::<Vec<_>>() },
         };
-        let last = self.find(session, page, filter).await?;
+        let last = self.find(session, page, filter, by_flow()).await?;
         // Those before it were read to their ends, those behind it come next.
         for flow in now {
             if last.as_ref().is_none_or(|last| flow < last.flow) {
@@ -299,7 +300,7 @@ impl MongoReader {
             "shard": { "$in": shards(again.iter().map(|(shard, _)| *shard)) },
             "ts": { "$in": places },
         };
-        if self.find(session, page, filter).await?.is_some() {
+        if self.find(session, page, filter, by_place()).await?.is_some() {
             self.again = again;
         }
         Ok(())
@@ -311,6 +312,7 @@ impl MongoReader {
         session: &mut ClientSession,
         page: &mut Page<'_>,
         mut filter: Document,
+        index: Document,
     ) -> Told<Option<Last>> {
         leave_out(&mut filter, page);
         let most = page.request.max_rows - page.records.len();
@@ -321,6 +323,8 @@ impl MongoReader {
             .outbox::<Raw>()
             .find(filter)
             .sort(by_flow())
+            // Whatever the server believes of the collection.
+            .hint(Hint::Keys(index))
             .limit(i64::from(most))
             // All in one answer, as long as it has less than 16 MiB.
             .batch_size(most.saturating_add(1))
