@@ -70,7 +70,9 @@ impl<K> Mongo<K> {
 impl<K: Kind> Database for Mongo<K> {
     type Producer = MongoProducer;
 
-    const MESSAGES: usize = 2_000;
+    const FEWER: u32 = 10;
+
+    const SLOW: u32 = 3;
 
     const HOLD_EACH: usize = 50;
 

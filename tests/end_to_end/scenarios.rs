@@ -45,11 +45,18 @@ macro_rules! end_to_end {
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Long enough to be renewed on a busy machine, short enough to wait for.
-const SHORT_LEASE: Relays = Relays {
-    lease: Duration::from_secs(1),
-    grace: Duration::from_secs(10),
-    rate_limit: None,
-};
+fn short_lease<D: Database>() -> Relays {
+    Relays {
+        lease: SECOND * D::SLOW,
+        grace: Duration::from_secs(10),
+        rate_limit: None,
+    }
+}
+
+/// A rate at which the load lasts as long as it usually would, or longer.
+fn rate<D: Database>(usual: u32) -> u32 {
+    usual / (D::FEWER * D::SLOW)
+}
 
 /// Half of the load: a backlog that is written before the relays start.
 fn half<D: Database>(stage: &Stage<D>) -> Load {
@@ -61,8 +68,8 @@ fn half<D: Database>(stage: &Stage<D>) -> Load {
 }
 
 /// How long faults go on at least.
-fn duration() -> Duration {
-    Duration::from_secs(from_environment("OUTBOX_PROOF_SECONDS", 20) as u64)
+fn duration<D: Database>() -> Duration {
+    Duration::from_secs(from_environment("OUTBOX_PROOF_SECONDS", 20) as u64) * D::SLOW
 }
 
 /// Without faults nothing is lost, nothing arrives twice, and all is in order.
@@ -94,15 +101,15 @@ pub(crate) fn kill_9_every_second<D: Database>() {
 }
 
 fn kill_9_once<D: Database>() -> (usize, usize, Report) {
-    let stage = Stage::<D>::new(&broker(), SHORT_LEASE);
+    let stage = Stage::<D>::new(&broker(), short_lease::<D>());
     let begin = Instant::now();
     let mut relays: Vec<Relay> = (0..3).map(|_| stage.relay()).collect();
     let (mut kills, mut owners) = (0, 0);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| stage.write(&stage.load(duration())));
-        while !writer.is_finished() || begin.elapsed() < duration() {
+        let writer = scope.spawn(|| stage.write(&stage.load(duration::<D>())));
+        while !writer.is_finished() || begin.elapsed() < duration::<D>() {
             // Not in step with the leases, which are renewed and run out by the second, too.
-            std::thread::sleep(SECOND.mul_f64(0.5 + fastrand::f64()));
+            std::thread::sleep((SECOND * D::SLOW).mul_f64(0.5 + fastrand::f64()));
             relays.iter_mut().for_each(Relay::assert_alive);
             let owner = stage.owner(&relays).filter(|_| fastrand::u8(0..3) > 0);
             let victim = owner.unwrap_or_else(|| fastrand::usize(0..relays.len()));
@@ -138,7 +145,7 @@ pub(crate) fn sigterm_with_a_backlog<D: Database>() {
         &broker(),
         Relays {
             grace,
-            rate_limit: Some(10_000),
+            rate_limit: Some(rate::<D>(10_000)),
             ..Relays::default()
         },
     );
@@ -175,7 +182,7 @@ pub(crate) fn a_zombie_is_fenced<D: Database>() {
         &broker(),
         Relays {
             lease,
-            rate_limit: Some(1_000),
+            rate_limit: Some(rate::<D>(1_000)),
             ..Relays::default()
         },
     );
@@ -259,12 +266,12 @@ pub(crate) fn the_broker_is_killed_under_load<D: Database>() {
     }
     let folder = tempfile::tempdir().unwrap();
     let broker = OwnServer::start("kafka", folder.path());
-    let stage = Stage::<D>::new(&broker.variable(""), SHORT_LEASE);
+    let stage = Stage::<D>::new(&broker.variable(""), short_lease::<D>());
     let mut relays: Vec<Relay> = (0..2).map(|_| stage.relay()).collect();
     let usage = stage.usage(&mut relays);
     let begin = Instant::now();
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| stage.write(&stage.load(duration())));
+        let writer = scope.spawn(|| stage.write(&stage.load(duration::<D>())));
         for kill in 0..KILLS {
             // The second time it is away for so long that the relays notice.
             std::thread::sleep(SECOND * 2);
@@ -305,12 +312,12 @@ pub(crate) fn the_database_is_killed_under_load<D: Killable>() {
     if !cfg!(target_os = "linux") {
         return say("not run: scripts/services starts servers on Linux only");
     }
-    let stage = Stage::<D>::new(&broker(), SHORT_LEASE);
+    let stage = Stage::<D>::new(&broker(), short_lease::<D>());
     let mut relays: Vec<Relay> = (0..2).map(|_| stage.relay()).collect();
     let usage = stage.usage(&mut relays);
     let begin = Instant::now();
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| stage.write(&stage.load(duration())));
+        let writer = scope.spawn(|| stage.write(&stage.load(duration::<D>())));
         for kill in 0..KILLS {
             std::thread::sleep(SECOND.mul_f64(1.0 + fastrand::f64()));
             assert!(!writer.is_finished(), "nobody writes at kill {kill}");

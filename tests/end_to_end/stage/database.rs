@@ -14,8 +14,11 @@ use crate::proof::writer::Producer;
 pub(crate) trait Database: Sync {
     type Producer: Producer;
 
-    /// How many messages are written, unless the environment says otherwise: fewer where the server is slow.
-    const MESSAGES: usize = 20_000;
+    /// Of how many messages one is written, unless the environment says otherwise: where the server is slow.
+    const FEWER: u32 = 1;
+
+    /// By how much leases, and pauses between kills, are longer than usual: where a server needs as long to answer.
+    const SLOW: u32 = 1;
 
     /// One transaction of so many is held open for a while: seldom where all others have to wait.
     const HOLD_EACH: usize;

@@ -122,7 +122,7 @@ impl<D: Database> Stage<D> {
     pub(crate) fn load(&self, spread: Duration) -> Load {
         Load {
             topic: self.topic.clone(),
-            messages: from_environment("OUTBOX_PROOF_MESSAGES", D::MESSAGES),
+            messages: from_environment("OUTBOX_PROOF_MESSAGES", 20_000 / D::FEWER as usize),
             keys: from_environment("OUTBOX_PROOF_KEYS", KEYS),
             producers: from_environment("OUTBOX_PROOF_PRODUCERS", 8),
             rollback_each: 20,
