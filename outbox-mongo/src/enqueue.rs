@@ -42,6 +42,7 @@ use crate::session::{Sessions, Told, in_transaction, write};
 #[derive(Debug, Clone)]
 pub struct MongoOutbox {
     config: Arc<MongoConfig>,
+    database: String,
     limits: Limits,
     ordering: Ordering,
     /// How many shards the outbox has: asked for once.
@@ -57,8 +58,8 @@ impl MongoOutbox {
     /// [`Invalid`](outbox_core::ErrorKind::Invalid) for a configuration that makes no sense.
     pub fn new(config: &MongoConfig) -> Result<Self> {
         config.check()?;
-        config.database()?;
         Ok(Self {
+            database: config.database()?,
             limits: config.limits.clone(),
             ordering: config.ordering,
             config: Arc::new(config.clone()),
@@ -72,10 +73,10 @@ impl MongoOutbox {
     /// The first call asks what the outbox is like, outside of the transaction.
     ///
     /// # Errors
-    /// [`Invalid`](outbox_core::ErrorKind::Invalid) for a message beyond the limits or a session without a transaction: nothing was written.
-    /// [`Conflict`](outbox_core::ErrorKind::Conflict) when another transaction was in the way: run the whole transaction again; within a callback
-    /// of the driver's, [`driver_error`](crate::driver_error) tells it so. [`Schema`](outbox_core::ErrorKind::Schema) where there is no outbox.
-    /// Others as the server gives them: abort.
+    /// [`Invalid`](outbox_core::ErrorKind::Invalid) for a message beyond the limits or a session without a transaction:
+    /// nothing was written. [`Conflict`](outbox_core::ErrorKind::Conflict) when another transaction was in the way: run
+    /// the whole transaction again; within a callback of the driver's, [`driver_error`](crate::driver_error) tells it so.
+    /// [`Schema`](outbox_core::ErrorKind::Schema) where there is no outbox. Others as the server gives them: abort.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the transaction in an unknown state: abort it, or drop the session, which does. If it was
@@ -101,7 +102,7 @@ impl MongoOutbox {
         for message in messages {
             self.limits.check(message)?;
         }
-        let sessions = Sessions::of(session.client(), &self.config)?;
+        let sessions = Sessions::of(session.client(), &self.database, &self.config);
         let ask = async || Ok::<_, Error>(check(&sessions, &self.config).await?.shards);
         let shards = *self.shards.get_or_try_init(ask).await?;
         in_transaction(session, DURING).await?;
@@ -130,7 +131,9 @@ impl MongoOutbox {
             .into_iter()
             .map(|message| waiting(message, shards, numbers.next(message)))
             .collect();
-        insert(collections, session, waiting).await.during(DURING)?;
+        insert(collections, session, waiting, false)
+            .await
+            .during(DURING)?;
         if !later.is_empty() {
             let scheduled = collections.scheduled::<Document>();
             let inserted = scheduled.insert_many(later).session(session).await;
@@ -140,18 +143,23 @@ impl MongoOutbox {
     }
 }
 
-/// Inserts messages in this order.
+/// Inserts messages in this order; `unchecked`, whatever the validator says of them.
 pub(crate) async fn insert(
     collections: &Collections,
     session: &mut ClientSession,
     documents: Vec<Document>,
+    unchecked: bool,
 ) -> Told<()> {
     // The driver takes no empty list.
     if documents.is_empty() {
         return Ok(());
     }
     let outbox = collections.outbox::<Document>();
-    outbox.insert_many(documents).session(session).await.map(drop)
+    let inserted = outbox.insert_many(documents).session(session);
+    match unchecked {
+        true => inserted.bypass_document_validation(true).await.map(drop),
+        false => inserted.await.map(drop),
+    }
 }
 
 /// The server's own time, outside of any transaction.

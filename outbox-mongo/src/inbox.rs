@@ -44,6 +44,7 @@ const LONGEST: usize = 255;
 #[derive(Debug, Clone)]
 pub struct MongoInbox {
     config: MongoConfig,
+    database: String,
 }
 
 impl MongoInbox {
@@ -54,8 +55,8 @@ impl MongoInbox {
     /// [`ErrorKind::Invalid`] for a configuration that makes no sense.
     pub fn new(config: &MongoConfig) -> Result<Self> {
         config.check()?;
-        config.database()?;
         Ok(Self {
+            database: config.database()?,
             config: config.clone(),
         })
     }
@@ -83,7 +84,7 @@ impl MongoInbox {
             .with("consumer", consumer));
         }
         in_transaction(session, DURING).await?;
-        let sessions = Sessions::of(session.client(), &self.config)?;
+        let sessions = Sessions::of(session.client(), &self.database, &self.config);
         // Not an insert: a duplicate key would end the transaction.
         let name = doc! { "_id": { "consumer": consumer, "id": uuid(id) } };
         let noted = doc! { "$set": { "at": { "$ifNull": ["$at", "$$NOW"] } } };
@@ -119,7 +120,9 @@ impl MongoInbox {
             return Ok(0);
         }
         let age = millis(age.min(Duration::from_secs(100 * 366 * 24 * 60 * 60)));
-        let inbox = Sessions::of(session.client(), &self.config)?.collections.inbox();
+        let inbox = Sessions::of(session.client(), &self.database, &self.config)
+            .collections
+            .inbox();
         let old = doc! { "$expr": { "$lt": ["$at", later(-age)] } };
         let mut cursor = inbox
             .find(old)

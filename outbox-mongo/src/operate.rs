@@ -15,7 +15,7 @@ use crate::commands::{Raw, dead, died, later, one, parked, shards, with_now};
 use crate::enqueue::{draw, insert};
 use crate::hold::{now, read_hold};
 use crate::row::{Row, Rows, again, span, time, timestamp, uuid};
-use crate::session::{Told, Transaction, commit};
+use crate::session::{Told, Transaction};
 use crate::store::{MongoStore, dead_ones};
 
 /// How many documents one transaction of an operator's moves, so that none takes long.
@@ -138,12 +138,12 @@ impl MongoStore {
             .await?;
         let letters: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;
         if letters.is_empty() {
-            session.abort_transaction().await?;
+            session.abort().await?;
             return Ok(0);
         }
         outbox.delete_many(dead(records)).session(&mut *session).await?;
         self.put_back(&mut session, &letters).await?;
-        commit(session).await?;
+        session.commit().await?;
         Ok(letters.len())
     }
 
@@ -166,7 +166,8 @@ impl MongoStore {
             .zip(&messages)
             .map(|((raw, row), message)| again(raw, row, self.config.shards, numbers.next(message)))
             .collect();
-        insert(collections, session, documents).await
+        // What came past the validator comes past it again, and may die again: it must not keep the others.
+        insert(collections, session, documents, true).await
     }
 
     async fn try_bury(&self, mut session: Transaction, hold: &HoldRef) -> Told<bool> {
@@ -177,7 +178,7 @@ impl MongoStore {
             .session(&mut *session)
             .await?;
         let Some(found) = found else {
-            session.abort_transaction().await?;
+            session.abort().await?;
             return Ok(false);
         };
         let Hold { attempts, reason, .. } = read_hold(&found);
@@ -191,7 +192,7 @@ impl MongoStore {
             .update_one(one(hold.shard, hold.head), died(&death))
             .session(&mut *session)
             .await?;
-        commit(session).await?;
+        session.commit().await?;
         Ok(true)
     }
 
@@ -205,7 +206,7 @@ impl MongoStore {
     ) -> Told<Option<usize>> {
         let collections = &self.sessions.collections;
         if !self.fence(&mut session, relay, owned).await? {
-            session.abort_transaction().await?;
+            session.abort().await?;
             return Ok(None);
         }
         let scheduled = collections.scheduled::<Raw>();
@@ -237,7 +238,7 @@ impl MongoStore {
             .session(&mut *session)
             .await?;
         self.put_back(&mut session, &due).await?;
-        commit(session).await?;
+        session.commit().await?;
         Ok(Some(due.len()))
     }
 

@@ -276,15 +276,22 @@ impl MongoReader {
         };
         let last = self.find(session, page, filter, by_flow()).await?;
         // Those before it were read to their ends, those behind it come next.
+        let mut before = None;
         for flow in now {
             if last.as_ref().is_none_or(|last| flow < last.flow) {
                 self.hot.remove(&flow);
+                before = Some(flow);
             }
         }
-        self.hot_at = last
-            .as_ref()
-            .filter(|last| last.taken)
-            .map(|last| last.flow.clone());
+        if let Some(Last { flow, taken }) = &last {
+            self.hot_at = match taken {
+                true => Some(flow.clone()),
+                // It is the next: what comes before it has had its turn.
+                false => before.or(self.hot_at.take()),
+            };
+        } else {
+            self.hot_at = None;
+        }
         self.hot.extend(last.map(|last| last.flow));
         Ok(())
     }

@@ -51,7 +51,7 @@ impl Counted {
             }
         }));
         let client = Client::with_options(options).unwrap();
-        let sessions = Sessions::of(client.clone(), &config).unwrap();
+        let sessions = Sessions::of(client.clone(), &name, &config);
         let outbox = MongoOutbox::new(&config).unwrap();
         config.shards = 64;
         Self {

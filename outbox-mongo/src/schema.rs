@@ -120,7 +120,17 @@ pub fn grant_script(config: &MongoConfig, role: Role, name: &Identifier) -> Resu
             may("_meta", &["find"]),
         ],
         Role::Relay => vec![
-            may("", &["find", "insert", "update", "remove", "changeStream"]),
+            may(
+                "",
+                &[
+                    "find",
+                    "insert",
+                    "update",
+                    "remove",
+                    "changeStream",
+                    "bypassDocumentValidation",
+                ],
+            ),
             may("_scheduled", &all),
             may("_hold", &all),
             may("_lease", &all),

@@ -1,6 +1,7 @@
 //! The one way to the server: each call has its limit, and a transaction that lost a race is tried again as a whole.
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -38,17 +39,17 @@ impl Sessions {
     /// Reads the configuration; connections are opened as they are needed.
     pub(crate) async fn open(config: &MongoConfig) -> Result<Self> {
         let client = Client::with_options(config.options().await?).during("connect")?;
-        Self::of(client, config)
+        Ok(Self::of(client, &config.database()?, config))
     }
 
-    /// The same with somebody's client.
-    pub(crate) fn of(client: Client, config: &MongoConfig) -> Result<Self> {
-        let database = client.database(&config.database()?);
-        Ok(Self {
+    /// The same with somebody's client, in the database that the configuration names.
+    pub(crate) fn of(client: Client, database: &str, config: &MongoConfig) -> Self {
+        let database = client.database(database);
+        Self {
             collections: Collections::new(database, &config.prefix, config.statement_timeout),
             client,
             limit: config.statement_timeout,
-        })
+        }
     }
 
     /// One call, within the limit.
@@ -136,8 +137,54 @@ pub(crate) struct Transactions {
     limit: Duration,
 }
 
-/// The session, with a transaction that has begun.
-pub(crate) type Transaction = OwnedMutexGuard<ClientSession>;
+/// The session, with a transaction that has begun. Dropped, it stays open until the next one begins.
+pub(crate) struct Transaction {
+    session: OwnedMutexGuard<ClientSession>,
+    of: Transactions,
+}
+
+impl Transaction {
+    /// Commits. Of a result that is not known it is asked again, which commits nothing twice.
+    pub(crate) async fn commit(mut self) -> Told<()> {
+        let mut asked = 1;
+        loop {
+            match self.session.commit_transaction().await {
+                Ok(()) => break,
+                Err(error) if error.contains_label(UNKNOWN_TRANSACTION_COMMIT_RESULT) && asked < COMMITS => {
+                    asked += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let at = self.session.operation_time();
+        let mut settled = self.of.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        // Timestamps are ordered by their seconds, then by their increments.
+        *settled = (*settled).max(at);
+        self.of.open.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Ends it with nothing done.
+    pub(crate) async fn abort(mut self) -> Told<()> {
+        self.session.abort_transaction().await?;
+        self.of.open.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Deref for Transaction {
+    type Target = ClientSession;
+
+    fn deref(&self) -> &ClientSession {
+        &self.session
+    }
+}
+
+impl DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut ClientSession {
+        &mut self.session
+    }
+}
 
 impl Transactions {
     /// The session's id, by which it can be killed.
@@ -160,6 +207,7 @@ impl Transactions {
         if self.open.load(Ordering::Relaxed)
             && let Ok(_idle) = self.session.try_lock()
         {
+            // Held until it is done: nobody is to begin what would be ended with it.
             sessions.kill(during, vec![self.id.clone()]).await;
             self.open.store(false, Ordering::Relaxed);
         }
@@ -180,11 +228,7 @@ impl Transactions {
             let mut tries = 0;
             loop {
                 let begun = self.begin().await.during(during)?;
-                let told = attempt(begun).await;
-                if told.is_ok() {
-                    self.note_end().await;
-                }
-                match told {
+                match attempt(begun).await {
                     Err(error) if is_transient(&error) && tries < TRIES => {
                         tries += 1;
                         let longest = 1_u64 << tries.min(6);
@@ -197,15 +241,6 @@ impl Transactions {
         within(self.limit, during, trying).await
     }
 
-    /// It was committed, or aborted on purpose.
-    async fn note_end(&self) {
-        let at = self.session.lock().await.operation_time();
-        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
-        // Timestamps are ordered by their seconds, then by their increments.
-        *settled = (*settled).max(at);
-        self.open.store(false, Ordering::Relaxed);
-    }
-
     async fn begin(&self) -> Told<Transaction> {
         let mut session = Arc::clone(&self.session).lock_owned().await;
         self.open.store(true, Ordering::Relaxed);
@@ -215,20 +250,10 @@ impl Transactions {
             .start_transaction()
             .read_concern(ReadConcern::snapshot())
             .await?;
-        Ok(session)
-    }
-}
-
-/// Commits. Of a result that is not known it is asked again, which commits nothing twice.
-pub(crate) async fn commit(mut transaction: Transaction) -> Told<()> {
-    let mut asked = 1;
-    loop {
-        match transaction.commit_transaction().await {
-            Err(error) if error.contains_label(UNKNOWN_TRANSACTION_COMMIT_RESULT) && asked < COMMITS => {
-                asked += 1;
-            }
-            told => return told,
-        }
+        Ok(Transaction {
+            session,
+            of: self.clone(),
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use crate::hold::{now, read_hold};
 use crate::reader::MongoReader;
 use crate::row::{Rows, date, span};
 use crate::schema::{EPOCH, Outbox, check};
-use crate::session::{Sessions, Told, Transaction, Transactions, commit, write};
+use crate::session::{Sessions, Told, Transaction, Transactions, write};
 use crate::wake::ChangeStream;
 
 /// An outbox in a MongoDB database, as the relay and operators use it.
@@ -146,7 +146,7 @@ impl MongoStore {
             .fence(&mut session, &settlement.relay, &owned(settlement))
             .await?
         {
-            session.abort_transaction().await?;
+            session.abort().await?;
             return Ok(false);
         }
         let parts = &settlement.shards;
@@ -162,7 +162,7 @@ impl MongoStore {
         for command in commands.into_iter().flatten() {
             write(collections, Some(&mut *session), command).await?;
         }
-        commit(session).await?;
+        session.commit().await?;
         Ok(true)
     }
 
