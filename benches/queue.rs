@@ -81,10 +81,12 @@ impl Queue for PostgresQueue {
         let queue = spec.table(QUEUE);
         Ok(Self {
             connection: PgConnection::connect(url).await?,
+            // With an array and not with a join, which is planned for an empty table where that was its normal state, and
+            // then compares every row with every other.
             claim: format!(
-                "UPDATE {queue} SET claimed_at = clock_timestamp() WHERE id IN (SELECT id FROM {queue} \
+                "UPDATE {queue} SET claimed_at = clock_timestamp() WHERE id = ANY (ARRAY(SELECT id FROM {queue} \
                  WHERE processed_at IS NULL AND (claimed_at IS NULL OR claimed_at < clock_timestamp() - interval '1 minute') \
-                 ORDER BY id FOR UPDATE SKIP LOCKED LIMIT $1) RETURNING {COLUMNS}"
+                 ORDER BY id FOR UPDATE SKIP LOCKED LIMIT $1)) RETURNING {COLUMNS}"
             ),
             lock: format!(
                 "SELECT {COLUMNS} FROM {queue} WHERE processed_at IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED"

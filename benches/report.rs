@@ -192,7 +192,7 @@ const WORKLOADS: &[(&str, &str)] = &[
     (
         "drain",
         "A backlog of messages of 1 KiB with 10,000 keys, from the word to begin until the broker has the last message: \
-         200,000 messages, 2,000 for *naive*. Each system has a fresh table, vacuumed (in MySQL and MariaDB: purged) and \
+         200,000 messages (MongoDB's protocol: 20,000), 2,000 for *naive*. Each system has a fresh table, vacuumed (in MySQL and MariaDB: purged) and \
          analysed, a fresh topic that was written to, and sends the message's id as a header. *batched* claims rows by an \
          `UPDATE` with `FOR UPDATE SKIP LOCKED` over a partial index, sends all, waits for all, marks all with one \
          `UPDATE`: as libraries do it that hold no transaction open while they wait for a broker. In MySQL and MariaDB, \
