@@ -34,6 +34,14 @@ pub(crate) enum Store {
 }
 
 impl Store {
+    /// How many messages a drain is of. The servers of MongoDB's protocol that can be had here are slow with more.
+    pub(crate) const fn drained(self) -> u64 {
+        match self {
+            Self::Mongo => 20_000,
+            _ => 200_000,
+        }
+    }
+
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Postgres => "postgres",

@@ -300,7 +300,7 @@ pub(crate) async fn warm_up(bench: &mut Bench) -> Outcome<()> {
         system: System::Outbox.name(),
         case: "",
     };
-    let messages = bench.size(200_000, 20_000);
+    let messages = bench.size(bench.server.store.drained(), 20_000);
     drain(bench, subject, Flow::new(1024, 10_000), messages, System::Outbox).await?;
     Ok(())
 }

@@ -22,11 +22,7 @@ pub(super) async fn run(bench: &mut Bench, rounds: usize) -> Outcome<()> {
         Store::Sqlite => vec![System::Outbox, System::Naive(1)],
         Store::Memory => vec![System::Outbox],
     };
-    let backlog = match bench.server.store {
-        // The servers of its protocol that can be had here are slow with more.
-        Store::Mongo => 20_000,
-        _ => 200_000,
-    };
+    let backlog = bench.server.store.drained();
     for round in 0..rounds {
         let mut outbox = None;
         let mut others = Vec::new();
