@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,6 +59,14 @@ pub(crate) enum Command {
     /// them up in a database of its own. In the end every part of the promise is checked against what happened.
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
+
+    /// Prove the relay in simulated worlds, in which everything goes wrong that can
+    ///
+    /// Relays, producers, a database and a destination in one thread, on a clock that jumps from event to event. Everything
+    /// is drawn from a seed: who is killed, stands still or loses an answer, what the destination refuses or forgets. Then
+    /// all heals, and nothing may be lost, invented, out of order or left behind. The same seed gives the same world.
+    #[command(after_help = SIMULATE_EXAMPLES)]
+    Simulate(SimulateArgs),
 
     /// Run a relay: publish what the outbox has, until told to stop
     ///
@@ -120,6 +129,33 @@ pub(crate) struct DemoArgs {
     /// Use this Kafka, in a topic made for the purpose, instead of a mock within the process
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) kafka: Option<String>,
+
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SimulateArgs {
+    /// How many worlds [default: 1000, or 1 with --seed]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub(crate) seeds: Option<u64>,
+
+    /// The first seed [default: 0]
+    #[arg(long, value_name = "SEED")]
+    pub(crate) seed: Option<u64>,
+
+    /// Print what happens in the one world of --seed, line by line
+    #[arg(long, requires = "seed", conflicts_with_all = ["seeds", "json"])]
+    pub(crate) trace: bool,
+
+    /// Worlds in which nothing goes wrong: then nothing may arrive twice either
+    #[arg(long)]
+    pub(crate) calm: bool,
+
+    /// How many threads [default: as many as there are cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZero<u16>>,
 
     /// Print the result as one JSON object
     #[arg(long)]
@@ -375,6 +411,16 @@ Examples:
   outbox demo --json | jq .kept
 
 Exit code 1 when any part of the promise did not hold.";
+
+const SIMULATE_EXAMPLES: &str = "\
+Examples:
+  outbox simulate
+  outbox simulate --seeds 1000000
+  outbox simulate --seed 42 --trace | less      one world, line by line
+  outbox simulate --calm
+  outbox simulate --json | jq .faults
+
+Exit code 1 when a law was broken; what is printed says how to see it again.";
 
 const RELAY_EXAMPLES: &str = "\
 Examples:

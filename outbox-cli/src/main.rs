@@ -14,6 +14,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    // For tests, which say by a variable where a relay is to die.
+    #[cfg(feature = "failpoints")]
+    let _armed = fail::FailScenario::setup();
     let args = args::Args::parse();
     match commands::run(&args) {
         Ok(answer) => answer.into(),

@@ -7,6 +7,7 @@ use common::{Place, STDOUT};
 
 const COMMANDS: &[&[&str]] = &[
     &["demo"],
+    &["simulate"],
     &["relay"],
     &["status"],
     &["explain"],

@@ -30,6 +30,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::pending::{Found, Look, Pending};
+#[cfg(feature = "sim")]
+pub(crate) use self::plan::within;
 pub use self::plan::{Conclusion, Intake, LanePlan, Place, Plan, Reach, ShardPlan, Span};
 use self::scans::Scans;
 pub use self::transactions::{Snapshot, Told, Transactions, Xid};
@@ -48,6 +50,11 @@ const ALL: Shard = Shard(0);
 /// More lanes at once make each fetch slow; beyond it the shard's position goes back instead.
 const MAX_LANES: usize = 16;
 
+/// The time by tokio's clock, which tests can pause.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
 /// Where a reader stands. It belongs to one reader and is lost with it, which is always safe.
 ///
 /// ```
@@ -62,15 +69,19 @@ const MAX_LANES: usize = 16;
 ///     max_bytes: 1 << 20,
 ///     ..FetchRequest::default()
 /// };
-/// // Here positions are drawn in the order of commits: nothing appears below what was read.
-/// let reach = Reach::nowhere();
-/// let plan = cursor.plan(&request, reach);
-/// assert_eq!((plan.shards[0].after, plan.shards[0].quota), (i64::MIN, 100));
-/// // The store asks its database for that, and offers the rows one by one.
-/// let mut intake = Intake::new(&plan);
-/// assert!(intake.offer(&plan, Place::Shard(0), 7, 20));
-/// let conclusion = cursor.conclude(&plan, &intake, i64::MAX);
-/// assert!(!conclusion.more);
+/// // Here positions are drawn in the order of commits: what is new lies above the highest that there was.
+/// let mut highest = i64::MIN;
+/// for position in [7, 8] {
+///     let plan = cursor.plan(&request, Reach::above(highest));
+///     assert_eq!(plan.shards[0].quota, 100);
+///     // The store asks its database for what lies above the lower one of `after` and `highest`, and offers the rows.
+///     assert!(plan.shards[0].after.min(highest) < position);
+///     let mut intake = Intake::new(&plan);
+///     assert!(intake.offer(&plan, Place::Shard(0), position, 20));
+///     let conclusion = cursor.conclude(&plan, &intake, highest);
+///     assert!(!conclusion.more);
+///     highest = position;
+/// }
 /// ```
 #[derive(Debug)]
 pub struct Cursor {
@@ -161,7 +172,7 @@ impl Cursor {
             rows: usize::MAX,
             sweep: Sweep {
                 interval: sweep_interval,
-                due: Instant::now().checked_add(sweep_interval),
+                due: now().checked_add(sweep_interval),
             },
         }
     }
@@ -222,7 +233,7 @@ impl Cursor {
 
         let max_rows = request.max_rows.max(1);
         let rows = max_rows.min(self.rows);
-        let sweeps = !self.rescans && self.sweep.due.is_some_and(|due| Instant::now() >= due);
+        let sweeps = !self.rescans && self.sweep.due.is_some_and(|due| now() >= due);
         let from_start = sweeps || self.rescans;
         let shards = self.plan_shards(rows);
         let lanes = self.plan_lanes(active, rows);
@@ -537,7 +548,7 @@ impl Cursor {
             self.rows.saturating_mul(2)
         };
         if plan.sweeps {
-            self.sweep.due = Instant::now().checked_add(self.sweep.interval);
+            self.sweep.due = now().checked_add(self.sweep.interval);
         }
         let waiting_lane = |(key, lane): (&OrderKey, &Lane)| {
             lane.held_since.is_none() && !self.held.topics.contains(&key.topic)
@@ -648,7 +659,7 @@ impl Cursor {
     /// Orders a sweep, for tests.
     #[cfg(test)]
     fn sweep_now(&mut self) {
-        self.sweep.due = Some(Instant::now());
+        self.sweep.due = Some(now());
     }
 }
 

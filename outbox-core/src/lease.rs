@@ -155,7 +155,7 @@ pub type StoreMillis = i64;
 /// assert_eq!((taken.held.len(), taken.relays), (2, 1));
 /// assert_eq!(taken.held[0].epoch.0, 2);
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct LeaseTable {
     /// One row a shard.
     pub leases: BTreeMap<Shard, LeaseRow>,
@@ -171,7 +171,7 @@ pub struct LeaseTable {
 /// let row = LeaseRow { owner: Some(RelayId::new("relay-1")), epoch: 7, until: 11_000 };
 /// assert!(row.until > 10_999 && row.until <= 11_000); // owned until then, exclusive
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct LeaseRow {
     /// Who owns it, or owned it last.
     pub owner: Option<RelayId>,

@@ -26,6 +26,8 @@ mod retention;
 mod scheduled;
 mod settle;
 mod shard;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod sink;
 mod store;
 mod stored;

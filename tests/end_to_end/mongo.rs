@@ -125,6 +125,12 @@ impl<K: Kind> Database for Mongo<K> {
         format!("type = \"mongo\"\nurl = \"{url}\"\nordering = \"{ordering}\"")
     }
 
+    /// Else the driver asks where the server is, and goes there.
+    fn configuration_by(&self, server: &str, place: &str) -> String {
+        let configuration = self.configuration().replace(server, place);
+        configuration.replace(&self.name, &format!("{}?directConnection=true", self.name))
+    }
+
     fn store(&self) -> Box<dyn OutboxStore> {
         Box::new(
             self.runtime

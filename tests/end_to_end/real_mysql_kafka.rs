@@ -3,6 +3,8 @@
 
 #[path = "../proof/mod.rs"]
 mod proof;
+#[path = "../proxy/mod.rs"]
+mod proxy;
 #[path = "../proof/reader.rs"]
 mod reader;
 #[macro_use]

@@ -45,11 +45,10 @@ macro_rules! end_to_end {
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Long enough to be renewed on a busy machine, short enough to wait for.
-fn short_lease<D: Database>() -> Relays {
+pub(crate) fn short_lease<D: Database>() -> Relays {
     Relays {
         lease: SECOND * D::SLOW,
-        grace: Duration::from_secs(10),
-        rate_limit: None,
+        ..Relays::default()
     }
 }
 

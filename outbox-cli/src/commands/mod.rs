@@ -8,6 +8,7 @@ mod migrate;
 mod parked;
 mod relay;
 mod signals;
+mod simulate;
 mod status;
 
 use std::future::Future;
@@ -26,13 +27,15 @@ pub(crate) fn run(args: &Args) -> Result<Answer> {
     let default_filter = match args.command {
         Command::Relay(_) => "info",
         // It kills its own relay and says so; the log would say it again.
-        Command::Demo(_) => "off",
+        // So does a simulation, thousands of times.
+        Command::Demo(_) | Command::Simulate(_) => "off",
         // What librdkafka has to say comes back as the command's own failure.
         _ => "warn,librdkafka=off",
     };
     logging::start(&args.log, default_filter)?;
     match &args.command {
         Command::Demo(args) => demo::run(args),
+        Command::Simulate(args) => simulate::run(args),
         Command::Relay(args) => block_on(relay::run(args)),
         Command::Status(args) => block_on(status::run(args)),
         Command::Explain(args) => block_on(explain::run(args)),

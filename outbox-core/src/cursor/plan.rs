@@ -8,9 +8,9 @@ use crate::shard::Shard;
 /// How far below its positions a scan may have to look.
 ///
 /// ```
-/// // Positions are drawn in the order of commits: never.
-/// let reach = outbox_core::cursor::Reach::nowhere();
-/// assert_eq!(reach.lowest, i64::MAX);
+/// // Positions are drawn in the order of commits, and 7 was the highest that there was at the last fetch.
+/// let reach = outbox_core::cursor::Reach::above(7);
+/// assert!(reach.pending.is_empty());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reach {
@@ -23,7 +23,8 @@ pub struct Reach {
 }
 
 impl Reach {
-    /// Nothing can have appeared.
+    /// Nothing can have appeared, below or above: nobody writes any more. A table that goes on growing has at least what
+    /// lies [above](Self::above) the highest position that there was.
     ///
     /// ```
     /// assert!(outbox_core::cursor::Reach::nowhere().pending.is_empty());
@@ -81,7 +82,7 @@ pub struct Plan {
 
 impl Plan {
     /// Whether something is expected to appear at a position.
-    pub(super) fn awaits(&self, position: i64) -> bool {
+    pub(crate) fn awaits(&self, position: i64) -> bool {
         within(&self.pending, position)
     }
 
@@ -93,7 +94,7 @@ impl Plan {
 }
 
 /// Whether a position lies in one of these ranges, which are ascending.
-pub(super) fn within(ranges: &[(i64, i64)], position: i64) -> bool {
+pub(crate) fn within(ranges: &[(i64, i64)], position: i64) -> bool {
     let index = ranges.partition_point(|(_, last)| *last < position);
     ranges.get(index).is_some_and(|(first, _)| *first <= position)
 }

@@ -5,6 +5,7 @@
 //! at once; leases run in the store's own clock, which is tokio's and can be paused; the sink keeps the order of a
 //! key through scripted failures. Nothing survives the process.
 
+mod changes;
 mod config;
 mod inbox;
 mod inspect;

@@ -71,7 +71,7 @@ impl DeadLetters for MemoryStore {
                 moved += 1;
             }
         }
-        self.inner.commits.send_modify(|commits| *commits += 1);
+        self.inner.commits.tell();
         Ok(moved)
     }
 

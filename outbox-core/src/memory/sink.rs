@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::changes::{Changes, Listener};
 use super::lock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Record;
@@ -60,8 +60,8 @@ pub struct MemoryFault {
 struct Shared {
     /// Held briefly, never across an await.
     state: Mutex<State>,
-    /// Counts changes, for those who wait for one.
-    changes: watch::Sender<u64>,
+    /// For those who wait for one.
+    changes: Changes,
 }
 
 /// Everything is decided when it is looked at: what is due by then has left, what is not has not. So there is no
@@ -69,9 +69,13 @@ struct Shared {
 #[derive(Default)]
 struct State {
     latency: Duration,
+    /// Whether a key goes on behind a message that was refused.
+    goes_on: bool,
     /// Publishing waits while so many records are under way; none is no limit.
     capacity: Option<usize>,
     faults: Vec<MemoryFault>,
+    #[cfg(feature = "sim")]
+    judge: Option<Judge>,
     outage: Option<Reason>,
     broken: Option<Reason>,
     delivered: Vec<Record>,
@@ -92,6 +96,11 @@ struct Batch {
     records: Vec<Record>,
 }
 
+/// Decides what becomes of each record when it is to leave, and takes those over that arrive: a sink with a judge keeps
+/// nothing itself. For the simulation.
+#[cfg(feature = "sim")]
+struct Judge(Box<dyn FnMut(Record) -> Outcome + Send>);
+
 /// Why nothing of a key goes out.
 #[derive(Clone, Copy)]
 enum Stop {
@@ -106,6 +115,21 @@ impl MemorySink {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// One that delivers what follows a refused message of its key, as Kafka's producer does. Give it no fault with
+    /// [`Outcome::Retry`]: no such sink may answer so.
+    ///
+    /// ```
+    /// use outbox_core::{MemorySink, Sink};
+    ///
+    /// assert!(!MemorySink::going_on().capabilities().stops_key_at_failure);
+    /// ```
+    #[must_use]
+    pub fn going_on() -> Self {
+        let sink = Self::new();
+        lock(&sink.shared.state).goes_on = true;
+        sink
     }
 
     /// What was delivered so far, in order.
@@ -141,7 +165,7 @@ impl MemorySink {
     /// # Ok(()) }
     /// ```
     pub async fn wait_for(&self, count: usize) -> Vec<Record> {
-        let mut changes = self.shared.changes.subscribe();
+        let mut changes = self.shared.changes.listen();
         loop {
             let delivered = self.delivered();
             if delivered.len() >= count {
@@ -204,8 +228,14 @@ impl MemorySink {
         lock(&self.shared.state).capacity = Some(records);
     }
 
+    /// Asks for each record that is to leave what becomes of it.
+    #[cfg(feature = "sim")]
+    pub(crate) fn judge_by(&self, judge: impl FnMut(Record) -> Outcome + Send + 'static) {
+        lock(&self.shared.state).judge = Some(Judge(Box::new(judge)));
+    }
+
     fn changed(&self) {
-        self.shared.changes.send_modify(|changes| *changes += 1);
+        self.shared.changes.tell();
     }
 }
 
@@ -295,6 +325,7 @@ impl State {
         let stop = match &outcome {
             Outcome::Delivered => None,
             Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_) => Some(Stop::Purge),
+            Outcome::Poison(_) | Outcome::TopicBlocked(_) if self.goes_on => None,
             Outcome::Poison(_) | Outcome::Retry(_) | Outcome::TopicBlocked(_) | Outcome::Skipped => {
                 Some(Stop::Batch(batch))
             }
@@ -310,6 +341,14 @@ impl State {
     fn attempt(&mut self, record: Record) -> Outcome {
         if let Some(reason) = &self.outage {
             return Outcome::Outage(reason.clone());
+        }
+        #[cfg(feature = "sim")]
+        if let Some(Judge(judge)) = &mut self.judge {
+            let outcome = judge(record);
+            if let Outcome::Broken(reason) = &outcome {
+                self.broken = Some(reason.clone());
+            }
+            return outcome;
         }
         let Some(fault) = self.faults.iter_mut().find(|fault| fault.fits(&record)) else {
             self.delivered.push(record);
@@ -355,18 +394,20 @@ impl Sink for MemorySink {
     fn capabilities(&self) -> SinkCapabilities {
         SinkCapabilities {
             name: "memory",
-            stops_key_at_failure: true,
+            stops_key_at_failure: !lock(&self.shared.state).goes_on,
         }
     }
 
     async fn publish(&mut self, batch: Vec<Record>) -> Receipt {
-        let mut changes = self.shared.changes.subscribe();
+        let mut changes = self.shared.changes.listen();
+        // It has the batch from here on: of what fails while it waits for room the caller cannot know yet.
+        let open = lock(&self.shared.state).open.clone();
         let ticket = loop {
             let due = {
                 let mut state = lock(&self.shared.state);
                 state.advance(Instant::now());
                 if state.has_room() {
-                    break self.accept(&mut state, batch);
+                    break self.accept(&mut state, batch, open);
                 }
                 state.queue.front().map(|batch| batch.due)
             };
@@ -405,12 +446,12 @@ impl Sink for MemorySink {
 }
 
 impl MemorySink {
-    fn accept(&self, state: &mut State, records: Vec<Record>) -> Ticket {
+    fn accept(&self, state: &mut State, records: Vec<Record>, mut open: BTreeSet<u64>) -> Ticket {
         state.last_batch += 1;
         let number = state.last_batch;
         let due = Instant::now() + state.latency;
         state.open.insert(number);
-        let open = state.open.clone();
+        open.insert(number);
         state.queue.push_back(Batch {
             number,
             due,
@@ -435,7 +476,7 @@ struct Ticket {
 
 impl Ticket {
     async fn outcomes(self) -> Vec<Outcome> {
-        let mut changes = self.sink.shared.changes.subscribe();
+        let mut changes = self.sink.shared.changes.listen();
         loop {
             let outcomes = {
                 let mut state = lock(&self.sink.shared.state);
@@ -460,14 +501,10 @@ impl Drop for Ticket {
 }
 
 /// Waits for a change or until `due`.
-async fn wait(changes: &mut watch::Receiver<u64>, due: Option<Instant>) {
-    let changed = async {
-        // It fails only without a sender, and whoever waits here has one.
-        let _ = changes.changed().await;
-    };
+async fn wait(changes: &mut Listener, due: Option<Instant>) {
     match due {
-        Some(due) => drop(tokio::time::timeout_at(due, changed).await),
-        None => changed.await,
+        Some(due) => drop(tokio::time::timeout_at(due, changes.changed()).await),
+        None => changes.changed().await,
     }
 }
 

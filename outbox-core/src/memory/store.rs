@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use tokio::sync::{OwnedMutexGuard, watch};
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
+use super::changes::{Changes, Listener};
 use super::config::MemoryConfig;
 use super::lock;
 use super::reader::MemoryReader;
+#[cfg(feature = "sim")]
+use super::state::Row;
 use super::state::{State, StoredHold, hold_name};
 use crate::dead::DeadLetters;
 use crate::error::{Error, ErrorKind, Result};
@@ -57,8 +60,8 @@ pub(super) struct Inner {
     counters: Mutex<Locks<OrderKey, i64>>,
     /// One lock for each message id that a consumer's open transaction has noted.
     claims: Mutex<Locks<(Arc<str>, MessageId), ()>>,
-    /// Counts commits, to wake relays.
-    pub(super) commits: watch::Sender<u64>,
+    /// Commits, to wake relays.
+    pub(super) commits: Changes,
     /// The database's clock: a wall clock that goes on as tokio's does.
     born: (SystemTime, Instant),
 }
@@ -73,6 +76,11 @@ impl MemoryStore {
     /// An empty store.
     #[must_use]
     pub fn new(config: MemoryConfig) -> Self {
+        Self::born(config, SystemTime::now())
+    }
+
+    /// An empty store whose clock shows this time.
+    pub(crate) fn born(config: MemoryConfig, wall: SystemTime) -> Self {
         let shards = config.shards.max(1);
         Self {
             inner: Arc::new(Inner {
@@ -80,8 +88,8 @@ impl MemoryStore {
                 state: Mutex::new(State::new(shards)),
                 counters: Mutex::default(),
                 claims: Mutex::default(),
-                commits: watch::Sender::new(0),
-                born: (SystemTime::now(), Instant::now()),
+                commits: Changes::default(),
+                born: (wall, Instant::now()),
             }),
         }
     }
@@ -108,6 +116,20 @@ impl MemoryStore {
             .iter()
             .map(|(position, row)| row.record(*position))
             .collect()
+    }
+
+    /// Brings back what was settled, as a server does that comes up without its last commit.
+    #[cfg(feature = "sim")]
+    pub(crate) fn restore(&self, records: Vec<Record>) {
+        let mut state = lock(&self.inner.state);
+        for record in records {
+            let row = Row {
+                shard: record.shard,
+                key_seq: record.key_seq,
+                message: record.message,
+            };
+            state.rows.insert(record.position, row);
+        }
     }
 
     /// Writes what was settled of shards whose epochs are held.
@@ -306,20 +328,17 @@ impl OutboxStore for MemoryStore {
         self.inner
             .config
             .wake_up
-            .then(|| Box::new(CommitWakeUp(self.inner.commits.subscribe())) as _)
+            .then(|| Box::new(CommitWakeUp(self.inner.commits.listen())) as _)
     }
 }
 
 /// Wakes at every commit since the last wake-up.
-struct CommitWakeUp(watch::Receiver<u64>);
+struct CommitWakeUp(Listener);
 
 #[async_trait]
 impl WakeUp for CommitWakeUp {
     async fn wait(&mut self) {
-        if self.0.changed().await.is_err() {
-            // The store is gone: there will be no hint any more.
-            std::future::pending::<()>().await;
-        }
+        self.0.changed().await;
     }
 }
 

@@ -74,7 +74,13 @@ impl MemoryTransaction {
                 **counter = *number;
             }
         }
-        self.store.inner.commits.send_modify(|commits| *commits += 1);
+        self.store.inner.commits.tell();
+    }
+
+    /// What it has written and nobody sees.
+    #[cfg(feature = "sim")]
+    pub(crate) fn written(&self) -> impl Iterator<Item = crate::fetch::Record> {
+        self.rows.iter().map(|(position, row)| row.record(*position))
     }
 
     /// Leaves nothing behind but the positions that were drawn.

@@ -13,13 +13,14 @@ use futures::{FutureExt, future};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
+use super::edge::edge;
 use super::health::Pulse;
 use super::machine::{BatchId, Command, Event, Machine, Note, Setup};
 use super::observe::Observer;
 use super::{Relay, RelayConfig};
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fetch::Record;
+use crate::fetch::{Fetched, Record};
 use crate::lease::{LeaseRequest, RelayId};
 use crate::shard::Shard;
 use crate::sink::{Receipt, Sink};
@@ -267,16 +268,16 @@ impl Driver {
                 // Renewed at a third of the lease, given up at two thirds: one that hangs can be repeated in time.
                 let limit = limit.min(self.config.lease / 3);
                 self.event(async move {
-                    Event::Leased {
-                        sent: now,
-                        result: within(limit, "lease", store.lease(&request)).await,
-                    }
+                    let result = within(limit, "lease", store.lease(&request)).await;
+                    edge("leased");
+                    Event::Leased { sent: now, result }
                 });
             }
             Command::Release { shards, membership } => self.event(async move {
-                Event::Released {
-                    result: within(limit, "release", store.release(&relay, &shards, membership)).await,
-                }
+                edge("releasing");
+                let result = within(limit, "release", store.release(&relay, &shards, membership)).await;
+                edge("released");
+                Event::Released { result }
             }),
             Command::LoadHolds { shards } => self.event(async move {
                 Event::HoldsLoaded {
@@ -286,7 +287,9 @@ impl Driver {
             Command::Settle { settlement } => {
                 let timing = self.observer.timing("outbox_settle_seconds", &self.clock);
                 self.event(async move {
+                    edge("settling");
                     let result = within(limit, "settle", store.settle(&settlement)).await;
+                    edge("settled");
                     timing.stop();
                     Event::Settled { result }
                 });
@@ -316,6 +319,9 @@ impl Driver {
                             own.fetch(&request).await
                         };
                         let result = within(limit, "fetch", fetch).await;
+                        if matches!(&result, Ok(Fetched::Batch { records, .. }) if !records.is_empty()) {
+                            edge("fetched");
+                        }
                         timing.stop();
                         // After any error its connection is in doubt, and with it its cursor.
                         let reader = reader.filter(|_| result.is_ok());
@@ -364,6 +370,7 @@ impl Driver {
     }
 
     fn publish(&mut self, batch: BatchId, records: Vec<Record>) {
+        edge("publishing");
         self.observer.publishing(&records, &self.clock);
         let sink = self.sink.clone();
         self.handing = Some((
@@ -373,10 +380,12 @@ impl Driver {
     }
 
     fn accepted(&mut self, batch: BatchId, receipt: Receipt) {
+        edge("handed-over");
         let timing = self.observer.timing("outbox_publish_seconds", &self.clock);
         self.receipts.push(
             async move {
                 let outcomes = Some(receipt.outcomes().await);
+                edge("acknowledged");
                 timing.stop();
                 Event::Outcomes { batch, outcomes }
             }

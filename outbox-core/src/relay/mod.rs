@@ -5,6 +5,7 @@
 mod backoff;
 mod config;
 mod driver;
+mod edge;
 mod health;
 mod machine;
 mod observe;

@@ -32,6 +32,11 @@ pub(crate) trait Database: Sync {
     /// The part `[store]` of the relay's configuration.
     fn configuration(&self) -> String;
 
+    /// The same, by way of another place than the server's.
+    fn configuration_by(&self, server: &str, place: &str) -> String {
+        self.configuration().replace(server, place)
+    }
+
     /// The store, to look at.
     fn store(&self) -> Box<dyn OutboxStore>;
 

@@ -26,6 +26,7 @@ use self::relay::{Relay, Usage};
 use crate::proof::oracle::{Ending, Limits, Run};
 use crate::proof::report::Report;
 use crate::proof::writer::{Load, WriterLog, resolve, unknown};
+use crate::proxy::Proxy;
 use crate::reader::{counter, read_topic};
 
 /// How relays are configured.
@@ -34,6 +35,12 @@ pub(crate) struct Relays {
     pub(crate) lease: Duration,
     pub(crate) grace: Duration,
     pub(crate) rate_limit: Option<u32>,
+    /// Most records in flight.
+    pub(crate) window: usize,
+    /// More settings of the sink, as lines of its configuration.
+    pub(crate) sink: &'static str,
+    /// Whether there is a network between the relays and the database that can be made a bad one.
+    pub(crate) network: bool,
 }
 
 impl Default for Relays {
@@ -42,8 +49,18 @@ impl Default for Relays {
             lease: Duration::from_secs(10),
             grace: Duration::from_secs(10),
             rate_limit: None,
+            window: WINDOW,
+            sink: "",
+            network: false,
         }
     }
+}
+
+/// Where a configuration's server is, as `host:port`; none of a file.
+fn address(configuration: &str) -> Option<String> {
+    let (_, place) = configuration.split_once("://")?;
+    let authority = place.split(['/', '?', '"']).next()?;
+    Some(authority.rsplit('@').next()?.to_owned())
 }
 
 /// How many records a relay has in flight at most.
@@ -54,6 +71,7 @@ pub(crate) struct Stage<D: Database> {
     // In the order in which they go: connections, what they lead to, what they need.
     store: Box<dyn OutboxStore>,
     pub(crate) database: D,
+    network: Option<Proxy>,
     runtime: Runtime,
     folder: TempDir,
     servers: String,
@@ -73,9 +91,13 @@ impl<D: Database> Stage<D> {
         let runtime = Runtime::new().unwrap();
         let database = D::make(folder.path(), &runtime);
         let topic = runtime.block_on(kafka::new_topic(servers, 6));
+        let network = address(&database.configuration())
+            .filter(|_| relays.network)
+            .map(|server| runtime.block_on(Proxy::before(server)));
         let stage = Self {
             store: database.store(),
             database,
+            network,
             runtime,
             folder,
             servers: servers.to_owned(),
@@ -99,19 +121,43 @@ impl<D: Database> Stage<D> {
             [sink]
             type = "kafka"
             bootstrap_servers = {:?}
+            {}
             [relay]
             lease = "{}ms"
             grace = "{}ms"
             batch_rows = {}
-            window_rows = {WINDOW}
+            window_rows = {}
             {rate_limit}
             "#,
-            self.database.configuration(),
+            self.through_the_network(),
             self.servers,
+            relays.sink,
             relays.lease.as_millis(),
             relays.grace.as_millis(),
-            WINDOW / 4,
+            relays.window.div_ceil(4),
+            relays.window,
         )
+    }
+
+    /// The part `[store]` of the relays' configuration.
+    fn through_the_network(&self) -> String {
+        let configuration = self.database.configuration();
+        let (Some(network), Some(server)) = (&self.network, address(&configuration)) else {
+            return configuration;
+        };
+        let place = format!("127.0.0.1:{}", network.port());
+        self.database.configuration_by(&server, &place)
+    }
+
+    /// What is between the relays and the database.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn network(&self) -> &Proxy {
+        self.network.as_ref().unwrap()
+    }
+
+    /// Counts what has arrived, each time it is called.
+    pub(crate) fn arrivals(&self) -> impl Fn() -> i64 {
+        counter(&self.servers, &self.topic)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -140,8 +186,21 @@ impl<D: Database> Stage<D> {
 
     /// Starts a relay.
     pub(crate) fn relay(&self) -> Relay {
+        self.relay_with("")
+    }
+
+    /// Starts one that dies at an edge between two steps, when it has passed it so often.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn relay_that_dies(&self, edge: &str, passes: usize) -> Relay {
+        self.relay_with(&match passes {
+            0 => format!("{edge}=return"),
+            passes => format!("{edge}={passes}*off->return"),
+        })
+    }
+
+    fn relay_with(&self, failpoints: &str) -> Relay {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
-        Relay::start(&self.file("relay.toml"), self.relay_log(number))
+        Relay::start(&self.file("relay.toml"), self.relay_log(number), failpoints)
     }
 
     fn relay_log(&self, number: usize) -> PathBuf {
@@ -210,7 +269,7 @@ impl<D: Database> Stage<D> {
     /// Does something at a moment at which a relay has delivered messages and, very likely, waits to settle them:
     /// the test holds settlements back.
     pub(crate) fn before_settlement(&self, work: impl FnOnce()) {
-        let count = counter(&self.servers, &self.topic);
+        let count = self.arrivals();
         self.database.hold_settlements(|| {
             let before = count();
             let delivered = until(Duration::from_secs(20), || (count() > before).then_some(()));

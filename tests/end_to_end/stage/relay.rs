@@ -1,9 +1,14 @@
 //! Relays as operators run them: processes, which can be killed, stopped and told to end.
 
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+/// By which a process ends that aborts.
+#[allow(dead_code, reason = "for faults")]
+const SIGABRT: i32 = 6;
 
 /// What a process takes of the system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,10 +27,11 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Starts one that writes its log to a file.
-    pub(super) fn start(config: &std::path::Path, log: PathBuf) -> Self {
+    /// Starts one that writes its log to a file, and dies at these points.
+    pub(super) fn start(config: &std::path::Path, log: PathBuf, failpoints: &str) -> Self {
         let output = File::create(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_outbox"))
+            .env("FAILPOINTS", failpoints)
             .args(["relay", "--config"])
             .arg(config)
             .env("RUST_LOG", "info,outbox_core=debug")
@@ -47,6 +53,19 @@ impl Relay {
         self.child.wait().unwrap();
     }
 
+    /// It dies by itself, as if it had been killed.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn dies(mut self) {
+        let ended = super::until(Duration::from_secs(60), || self.child.try_wait().unwrap());
+        let status = ended.unwrap_or_else(|| panic!("it goes on:\n{}", self.log()));
+        assert_eq!(status.signal(), Some(SIGABRT), "{status}:\n{}", self.log());
+    }
+
+    /// SIGTERM: it is told to end in order.
+    pub(crate) fn tell_to_end(&self) {
+        signal(&self.pid().to_string(), "TERM");
+    }
+
     /// SIGSTOP: it stands still and does not know.
     pub(crate) fn pause(&self) {
         signal(&self.pid().to_string(), "STOP");
@@ -60,7 +79,7 @@ impl Relay {
     /// SIGTERM: it ends in order; says how, and how long it took.
     pub(crate) fn terminate(mut self) -> (ExitStatus, Duration) {
         let begin = Instant::now();
-        signal(&self.pid().to_string(), "TERM");
+        self.tell_to_end();
         let ended = super::until(Duration::from_secs(60), || self.child.try_wait().unwrap());
         let status = ended.unwrap_or_else(|| panic!("a relay does not end:\n{}", self.log()));
         (status, begin.elapsed())

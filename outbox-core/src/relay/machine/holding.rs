@@ -434,9 +434,17 @@ impl Machine {
                 self.holds.queue.insert((later, shard, scope));
                 continue;
             }
-            let from = entry.from;
+            let (from, head, written) = (entry.from, entry.head, entry.written);
             if entry.over {
                 self.holds.remove(shard, &scope);
+                if written {
+                    // The note of a head before this one, whose outcome came later than this one's.
+                    self.settle_hold(HoldChange::Clear(HoldRef {
+                        shard,
+                        scope: scope.for_store(),
+                        head,
+                    }));
+                }
             } else {
                 let state = std::mem::replace(&mut entry.state, State::Trying { fetch });
                 self.holds.unhold(shard, &scope, state);
@@ -518,5 +526,89 @@ impl Machine {
         for topic in silent {
             self.free_topic(&topic);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fetch::Fetched;
+    use crate::lease::Leases;
+    use crate::relay::config::RelayConfig;
+    use crate::relay::machine::{Command, Event, Setup, record_of};
+    use crate::settle::Settled;
+    use crate::shard::{Epoch, OwnedShard};
+    use crate::sink::Outcome;
+
+    /// Of a key whose head has failed before, the second message dies before it is heard that the head was delivered.
+    #[test]
+    fn the_note_of_a_head_goes_when_what_follows_it_dies_first() {
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig::default()));
+        let rows = [record_of(1), record_of(2)];
+        let hold = Hold {
+            shard: Shard(0),
+            scope: HoldScope::Key(rows[0].message.order_key().unwrap()),
+            head: rows[0].reference(),
+            attempts: 1,
+            state: HoldState::Retrying {
+                due_in: Duration::ZERO,
+            },
+            reason: "later".to_owned(),
+        };
+        let mut unread = rows.into_iter();
+        let (mut batches, mut changes) = (Vec::new(), Vec::new());
+        for turn in 0..100 {
+            let now = Duration::from_millis(turn * 10);
+            while let Some(command) = machine.poll(now) {
+                let answer = match command {
+                    Command::Lease { .. } => Event::Leased {
+                        sent: now,
+                        result: Ok(Leases {
+                            held: vec![OwnedShard {
+                                shard: Shard(0),
+                                epoch: Epoch(1),
+                            }],
+                            relays: 1,
+                            time_left: Duration::from_secs(10),
+                        }),
+                    },
+                    Command::LoadHolds { .. } => Event::HoldsLoaded {
+                        result: Ok(vec![hold.clone()]),
+                    },
+                    Command::Fetch { .. } => Event::Fetched {
+                        result: Ok(Fetched::Batch {
+                            records: unread.next().into_iter().collect(),
+                            more: false,
+                        }),
+                    },
+                    Command::Publish { batch, .. } => {
+                        batches.push(batch);
+                        Event::Accepted { batch }
+                    }
+                    Command::Settle { settlement } => {
+                        changes.extend(settlement.shards.iter().flat_map(|part| part.holds.clone()));
+                        Event::Settled {
+                            result: Ok(Settled::default()),
+                        }
+                    }
+                    _ => continue,
+                };
+                machine.handle(answer, now);
+            }
+            if let [first, second] = batches[..] {
+                for (batch, outcome) in [
+                    (second, Outcome::Poison("no".into())),
+                    (first, Outcome::Delivered),
+                ] {
+                    let outcomes = Some(vec![outcome]);
+                    machine.handle(Event::Outcomes { batch, outcomes }, now);
+                }
+                batches.clear();
+            }
+        }
+        assert!(
+            matches!(&changes[..], [HoldChange::Clear(cleared)] if cleared.scope == hold.scope),
+            "{changes:?}"
+        );
     }
 }

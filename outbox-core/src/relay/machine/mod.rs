@@ -84,6 +84,19 @@ impl Setup {
     }
 }
 
+/// A record of the one shard, and of one key.
+#[cfg(test)]
+fn record_of(position: i64) -> Record {
+    Record {
+        shard: Shard(0),
+        position: Position(position),
+        key_seq: None,
+        attempts: 0,
+        message: crate::message::Message::builder("t").key("k").build().unwrap(),
+        defect: None,
+    }
+}
+
 /// The relay's decisions. See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Machine {

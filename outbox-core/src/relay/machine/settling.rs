@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Command, Machine, Note, Stage};
 use crate::error::Result;
 use crate::fetch::RecordRef;
-use crate::hold::HoldChange;
+use crate::hold::{HoldChange, HoldScope};
 use crate::settle::{Death, Settled, Settlement, ShardSettlement};
 use crate::shard::{Epoch, Shard};
 
@@ -205,8 +205,9 @@ impl Machine {
                     HoldChange::Clear(_) => None,
                 })
         };
-        for hold in puts() {
-            // The head may be in flight only because its hold was not written yet. A topic's is not in flight.
+        for hold in puts().filter(|hold| !matches!(hold.scope, HoldScope::Topic(_))) {
+            // The head may be in flight only because its hold was not written yet. A topic's is not, and if it is again, it
+            // was read since, and what became of it is another settlement's.
             let place = (hold.shard, hold.head.position);
             if self
                 .flights
@@ -225,10 +226,10 @@ impl Machine {
 mod tests {
     use super::*;
     use crate::fetch::{Fetched, Record};
+    use crate::hold::{Hold, HoldState};
     use crate::lease::Leases;
-    use crate::message::Message;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::{Event, Setup};
+    use crate::relay::machine::{Event, Setup, record_of};
     use crate::shard::{OwnedShard, Position};
     use crate::sink::Outcome;
 
@@ -275,17 +276,6 @@ mod tests {
         }
     }
 
-    fn record_of(position: i64) -> Record {
-        Record {
-            shard: SHARD,
-            position: Position(position),
-            key_seq: None,
-            attempts: 0,
-            message: Message::builder("t").key("k").build().unwrap(),
-            defect: None,
-        }
-    }
-
     #[test]
     fn a_refusal_under_an_old_epoch_takes_nothing_of_the_new_one() {
         let mut machine = Machine::new(Setup::of_one_shard(RelayConfig::default()));
@@ -324,6 +314,37 @@ mod tests {
         );
         assert!(!machine.leasing.owns(SHARD, Epoch(1)));
         assert!(machine.is_empty(), "what was in flight is its new owner's");
+    }
+
+    #[test]
+    fn a_note_of_a_topic_that_is_committed_late_takes_nothing_out_of_flight() {
+        let mut machine = Machine::new(Setup::of_one_shard(RelayConfig::default()));
+        run(&mut machine, Duration::ZERO, 1, &mut Vec::new());
+        let row = record_of(1);
+        machine.settle_hold(HoldChange::Put(Hold {
+            shard: SHARD,
+            scope: HoldScope::Topic("t".into()),
+            head: row.reference(),
+            attempts: 1,
+            state: HoldState::Retrying {
+                due_in: Duration::ZERO,
+            },
+            reason: "forbidden".to_owned(),
+        }));
+        assert!(machine.poll_settle(Duration::ZERO).is_some());
+
+        // Before that is committed, the topic flows again, and its message is delivered.
+        let later = Duration::from_millis(100);
+        run(&mut machine, later, 1, &mut vec![row]);
+        let in_flight = |machine: &Machine| machine.flights.contains_key(&(SHARD, Position(1)));
+        assert!(in_flight(&machine), "its delivery is not settled");
+        machine.handle(
+            Event::Settled {
+                result: Ok(Settled::default()),
+            },
+            later,
+        );
+        assert!(in_flight(&machine), "its delivery is not settled even now");
     }
 
     #[test]

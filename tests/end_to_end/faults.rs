@@ -1,0 +1,506 @@
+//! One fault after the other, each on a stage of its own: relays and a writer, the fault in the middle, then all heals and
+//! the oracle judges. What comes of it is a table.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "clippy takes only #[test] functions for tests"
+)]
+
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use crate::proof::oracle::Limits;
+use crate::proof::writer::Load;
+use crate::scenarios::short_lease;
+use crate::stage::database::{Database, Killable};
+use crate::stage::kafka::broker;
+use crate::stage::relay::Relay;
+use crate::stage::services::OwnServer;
+use crate::stage::{Relays, Stage, WINDOW, say, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// All stores.
+pub(crate) const STORES: &[&str] = &["sqlite", "postgres", "mysql", "mariadb", "mongo"];
+/// Those on servers.
+pub(crate) const SERVERS: &[&str] = &["postgres", "mysql", "mariadb", "mongo"];
+
+/// Something that goes wrong.
+pub(crate) struct Fault<D: Database + 'static> {
+    name: String,
+    relays: Relays,
+    servers: String,
+    inject: Injection<D>,
+}
+
+/// What makes it go wrong, and sees to it that all works again.
+type Injection<D> = Box<dyn Fn(&mut Trial<'_, D>)>;
+
+/// A fault's stage, with relays that work.
+pub(crate) struct Trial<'s, D: Database> {
+    stage: &'s Stage<D>,
+    relays: Vec<Relay>,
+    /// How often a key may go back, beside the times that a relay began to work on its shard.
+    rewinds: usize,
+    /// How long it took from the moment at which all worked again until something arrived.
+    recovery: Option<Duration>,
+}
+
+/// What came of a fault on a store.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Row {
+    store: String,
+    fault: String,
+    kept: bool,
+    committed: usize,
+    duplicates: usize,
+    lost: usize,
+    phantoms: usize,
+    gaps: usize,
+    recovery_ms: Option<u64>,
+    seconds: f64,
+}
+
+impl<D: Database + 'static> Fault<D> {
+    fn new(name: impl Into<String>, inject: impl Fn(&mut Trial<'_, D>) + 'static) -> Self {
+        Self {
+            name: name.into(),
+            relays: short_lease::<D>(),
+            servers: broker(),
+            inject: Box::new(inject),
+        }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Relays)) -> Self {
+        change(&mut self.relays);
+        self
+    }
+}
+
+impl<D: Database + 'static> Trial<'_, D> {
+    /// The lease of the relays.
+    fn lease() -> Duration {
+        short_lease::<D>().lease
+    }
+
+    /// Which relay owns most of the outbox.
+    fn owner(&self) -> usize {
+        until(SECOND * 30, || self.stage.owner(&self.relays))
+            .unwrap_or_else(|| panic!("nobody owns anything"))
+    }
+
+    fn start(&mut self) {
+        self.relays.push(self.stage.relay());
+    }
+
+    fn kill(&mut self, relay: usize) {
+        self.relays.swap_remove(relay).kill();
+    }
+
+    /// From now on all works again: notes how long it takes until something arrives.
+    fn heals(&mut self) {
+        let count = self.stage.arrivals();
+        let (begin, before) = (Instant::now(), count());
+        self.recovery = until(SECOND * 60, || (count() > before).then(|| begin.elapsed()));
+    }
+}
+
+/// The edges between two steps of a relay, with how often each is passed before, and whether only a relay that ends passes it.
+const EDGES: [(&str, usize, bool); 9] = [
+    ("leased", 4, false),
+    ("fetched", 0, false),
+    ("publishing", 0, false),
+    ("handed-over", 0, false),
+    ("acknowledged", 0, false),
+    ("settling", 0, false),
+    ("settled", 0, false),
+    ("releasing", 0, true),
+    ("released", 0, true),
+];
+
+fn die_at<D: Database + 'static>(trial: &mut Trial<'_, D>, edge: &str, passes: usize, ends: bool) {
+    // It has to own something, so nobody else may.
+    while let Some(relay) = trial.relays.pop() {
+        let _ = relay.terminate();
+    }
+    trial.relays.push(trial.stage.relay_that_dies(edge, passes));
+    if ends {
+        trial.owner();
+        std::thread::sleep(SECOND / 2);
+        trial.relays[0].tell_to_end();
+    }
+    trial.relays.swap_remove(0).dies();
+    trial.start();
+    trial.heals();
+}
+
+/// What goes wrong with relays, and what they are told to be.
+pub(crate) fn of_relays<D: Database + 'static>() -> Vec<Fault<D>> {
+    let mut faults = vec![
+        Fault::new("the owner is killed", |trial: &mut Trial<'_, D>| {
+            trial.kill(trial.owner());
+            trial.heals();
+            trial.start();
+        }),
+        Fault::new("all relays are killed", |trial| {
+            while !trial.relays.is_empty() {
+                trial.kill(0);
+            }
+            trial.start();
+            trial.heals();
+        }),
+        Fault::new("relays are killed as they start", |trial| {
+            for _ in 0..3 {
+                let relay = trial.stage.relay();
+                std::thread::sleep(Duration::from_millis(fastrand::u64(20..200)));
+                relay.kill();
+            }
+        }),
+        Fault::new("the owner stands still beyond its lease", |trial| {
+            let owner = trial.owner();
+            trial.relays[owner].pause();
+            std::thread::sleep(Trial::<D>::lease() * 3);
+            trial.relays[owner].resume();
+            trial.rewinds += WINDOW;
+        }),
+        Fault::new("the owner stands still for a moment", |trial| {
+            let owner = trial.owner();
+            trial.relays[owner].pause();
+            std::thread::sleep(Trial::<D>::lease() / 3);
+            trial.relays[owner].resume();
+            trial.rewinds += WINDOW;
+        }),
+        Fault::new("all relays stand still beyond their leases", |trial| {
+            trial.relays.iter().for_each(Relay::pause);
+            std::thread::sleep(Trial::<D>::lease() * 3);
+            trial.relays.iter().for_each(Relay::resume);
+            trial.heals();
+            trial.rewinds += WINDOW;
+        }),
+        Fault::new("the owner is told to end", |trial| {
+            let owner = trial.owner();
+            let (status, _) = trial.relays.swap_remove(owner).terminate();
+            assert!(status.success(), "{status}");
+            trial.start();
+        }),
+        Fault::new("the owner is told to end twice", |trial| {
+            let owner = trial.relays.swap_remove(trial.owner());
+            owner.tell_to_end();
+            owner.tell_to_end();
+            let _ = owner.terminate();
+            trial.start();
+        }),
+        Fault::new("ever more relays come", |trial| {
+            for _ in 0..4 {
+                trial.start();
+            }
+        }),
+        Fault::new("one message at a time", |_| {}).with(|relays| relays.window = 1),
+        Fault::new("the producer's queue is full", |_| {})
+            .with(|relays| relays.sink = "[sink.options]\n\"queue.buffering.max.messages\" = \"20\""),
+    ];
+    if cfg!(feature = "failpoints") {
+        faults.extend(EDGES.map(|(edge, passes, ends)| {
+            Fault::new(
+                format!("a relay dies at the edge {edge}"),
+                move |trial: &mut Trial<'_, D>| die_at(trial, edge, passes, ends),
+            )
+        }));
+    } else {
+        say("relays have edges at which they die with the feature failpoints only");
+    }
+    faults
+}
+
+/// What goes wrong between relays and their database.
+pub(crate) fn of_the_network<D: Database + 'static>() -> Vec<Fault<D>> {
+    let faults = vec![
+        Fault::new("connections are cut", |trial: &mut Trial<'_, D>| {
+            for _ in 0..3 {
+                trial.stage.network().cut();
+                std::thread::sleep(SECOND / 2);
+            }
+        }),
+        Fault::new("nothing passes for longer than the lease", |trial| {
+            trial.stage.network().blackhole(true);
+            std::thread::sleep(Trial::<D>::lease() * 3);
+            trial.stage.network().blackhole(false);
+            trial.heals();
+        }),
+        Fault::new("connections are lost, and nobody is told", |trial| {
+            trial.stage.network().lose();
+            trial.heals();
+            // At last the server is told as well.
+            trial.stage.network().cut();
+        }),
+        Fault::new("every answer takes 50 ms", |trial| {
+            trial.stage.network().delay(Duration::from_millis(25));
+            std::thread::sleep(SECOND * 2);
+            trial.stage.network().delay(Duration::ZERO);
+        }),
+        Fault::new("connections are cut when a request has arrived", |trial| {
+            for _ in 0..10 {
+                trial.stage.network().cut_at(fastrand::usize(1..20), true);
+                std::thread::sleep(SECOND / 4);
+            }
+            trial.stage.network().disarm();
+        }),
+        Fault::new("connections are cut before a request arrives", |trial| {
+            for _ in 0..10 {
+                trial.stage.network().cut_at(fastrand::usize(1..20), false);
+                std::thread::sleep(SECOND / 4);
+            }
+            trial.stage.network().disarm();
+        }),
+        Fault::new("connections are cut within an answer", |trial| {
+            for _ in 0..10 {
+                trial.stage.network().cut_back_after(fastrand::usize(1..20_000));
+                std::thread::sleep(SECOND / 4);
+            }
+            trial.stage.network().disarm();
+        }),
+    ];
+    let through = |fault: Fault<D>| fault.with(|relays| relays.network = true);
+    faults.into_iter().map(through).collect()
+}
+
+/// What goes wrong with the broker: one of these tests' own.
+pub(crate) fn of_the_broker<D: Database + 'static>() -> Vec<Fault<D>> {
+    static BROKER: OnceLock<(TempDir, OwnServer)> = OnceLock::new();
+    let own = || {
+        let (_, broker) = BROKER.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            let broker = OwnServer::start("kafka", folder.path());
+            (folder, broker)
+        });
+        broker
+    };
+    let faults = vec![
+        Fault::new("the broker is killed", move |trial: &mut Trial<'_, D>| {
+            own().signal("KILL");
+            own().restart();
+            trial.heals();
+            trial.rewinds += 1;
+        }),
+        Fault::new("the broker is away for five seconds", move |trial| {
+            own().signal("KILL");
+            std::thread::sleep(SECOND * 5);
+            own().restart();
+            trial.heals();
+            trial.rewinds += 1;
+        }),
+        Fault::new("the broker stands still", move |trial| {
+            own().signal("STOP");
+            std::thread::sleep(SECOND * 5);
+            own().signal("CONT");
+            trial.heals();
+            trial.rewinds += 1;
+        }),
+    ];
+    let servers = own().variable("");
+    let with_it = |mut fault: Fault<D>| {
+        fault.servers.clone_from(&servers);
+        fault
+    };
+    faults.into_iter().map(with_it).collect()
+}
+
+/// What goes wrong with the database: a server of the test's own.
+pub(crate) fn of_the_server<D: Killable + 'static>() -> Vec<Fault<D>> {
+    vec![
+        Fault::new("the database is killed", |trial: &mut Trial<'_, D>| {
+            trial.stage.database.kill();
+            trial.stage.database.restart();
+            trial.heals();
+            trial.rewinds += 1;
+        }),
+        Fault::new(
+            "the database is killed, again and again",
+            |trial: &mut Trial<'_, D>| {
+                for _ in 0..3 {
+                    trial.stage.database.kill();
+                    std::thread::sleep(SECOND.mul_f64(fastrand::f64()));
+                    trial.stage.database.restart();
+                    trial.rewinds += 1;
+                }
+                trial.heals();
+            },
+        ),
+    ]
+}
+
+/// Tries all of these that are wanted, one after the other. They are tried on the stores `among` which this one is.
+pub(crate) fn try_all<D: Database + 'static>(
+    store: &str,
+    among: &[&str],
+    faults: Vec<Fault<D>>,
+    rows: &mut Vec<Row>,
+) {
+    let place = among.iter().position(|own| *own == store).unwrap();
+    for (number, fault) in faults.into_iter().enumerate() {
+        let wanted = std::env::var("OUTBOX_FAULTS").map_or_else(
+            // A part of them on each store, and each on one store at least.
+            |_| number % among.len() == place,
+            |names| names.split(',').any(|part| fault.name.contains(part.trim())),
+        );
+        if wanted {
+            let begin = Instant::now();
+            let tried = std::panic::catch_unwind(AssertUnwindSafe(|| attempt(store, &fault)));
+            let row = tried.unwrap_or_else(|_| Row::broken(store, &fault.name, begin.elapsed()));
+            say(&row.line());
+            rows.push(row);
+        }
+    }
+}
+
+fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
+    let begin = Instant::now();
+    let stage = Stage::<D>::new(&fault.servers, fault.relays);
+    let mut trial = Trial {
+        stage: &stage,
+        relays: (0..2).map(|_| stage.relay()).collect(),
+        rewinds: 0,
+        recovery: None,
+    };
+    std::thread::scope(|scope| {
+        let load = stage.load(SECOND * 4 * D::SLOW);
+        let load = Load {
+            messages: load.messages / 10,
+            ..load
+        };
+        let writer = scope.spawn(|| stage.write(&{ load }));
+        // The relays have begun.
+        trial.owner();
+        std::thread::sleep(SECOND);
+        (fault.inject)(&mut trial);
+        writer.join().unwrap();
+    });
+    stage.wait_until_drained(&mut trial.relays);
+    let limits = Limits {
+        rewinds: stage.beginnings() + trial.rewinds,
+        repeats: WINDOW,
+    };
+    let recovery = trial.recovery;
+    let report = stage.judge(&format!("{store}: {}", fault.name), trial.relays, limits);
+    Row {
+        store: store.to_owned(),
+        fault: fault.name.clone(),
+        kept: report.broken().is_empty(),
+        committed: report.committed,
+        duplicates: report.duplicates,
+        lost: report.lost,
+        phantoms: report.phantoms,
+        gaps: report.gaps,
+        recovery_ms: recovery.map(|recovery| u64::try_from(recovery.as_millis()).unwrap()),
+        seconds: begin.elapsed().as_secs_f64(),
+    }
+}
+
+impl Row {
+    fn cell(&self) -> String {
+        let verdict = if self.kept { "kept" } else { "**broken**" };
+        let recovery = self
+            .recovery_ms
+            .map_or(String::new(), |millis| format!(", {millis} ms"));
+        format!("{verdict}, {} of {}{recovery}", self.duplicates, self.committed)
+    }
+
+    /// It panicked, and has said why.
+    fn broken(store: &str, fault: &str, took: Duration) -> Self {
+        Self {
+            store: store.to_owned(),
+            fault: fault.to_owned(),
+            kept: false,
+            committed: 0,
+            duplicates: 0,
+            lost: 0,
+            phantoms: 0,
+            gaps: 0,
+            recovery_ms: None,
+            seconds: took.as_secs_f64(),
+        }
+    }
+
+    fn line(&self) -> String {
+        let verdict = if self.kept { "kept  " } else { "BROKEN" };
+        let recovery = self
+            .recovery_ms
+            .map_or(String::new(), |millis| format!(", again after {millis} ms"));
+        format!(
+            "{verdict} {} | {}: {} committed, {} duplicates, {} lost, {} phantoms, {} gaps{recovery}, {:.1} s",
+            self.store,
+            self.fault,
+            self.committed,
+            self.duplicates,
+            self.lost,
+            self.phantoms,
+            self.gaps,
+            self.seconds
+        )
+    }
+}
+
+/// Keeps what was found where it is wanted, and fails when a promise was broken.
+pub(crate) fn finish(store: &str, rows: &[Row]) {
+    if let Some(path) = std::env::var_os("OUTBOX_FAULTS_JSON") {
+        add(Path::new(&path), rows);
+    }
+    let broken: Vec<&str> = rows
+        .iter()
+        .filter(|row| !row.kept)
+        .map(|row| row.fault.as_str())
+        .collect();
+    assert!(broken.is_empty(), "{store} broke the promise: {broken:?}");
+}
+
+/// Adds rows to a file, in place of those of the same stores and faults.
+fn add(path: &Path, rows: &[Row]) {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|_| "[]".to_owned());
+    let mut all: Vec<Row> = serde_json::from_str(&text).unwrap();
+    all.retain(|own| {
+        !rows
+            .iter()
+            .any(|row| row.store == own.store && row.fault == own.fault)
+    });
+    all.extend(rows.iter().cloned());
+    let mut text = serde_json::to_string_pretty(&all).unwrap();
+    text.push('\n');
+    std::fs::write(path, text).unwrap();
+    std::fs::write(path.with_extension("md"), table(&all)).unwrap();
+}
+
+/// What was found, fault by fault and store by store.
+fn table(rows: &[Row]) -> String {
+    let mut text = String::from(
+        "# Faults\n\nMade by `scripts/faults` of what it found; not written by hand. On each store two relays and eight \
+         producers work, the fault strikes in the middle, then all heals, and the oracle compares what was committed with what \
+         the broker has. *kept* is: nothing lost, nothing invented, of each key everything in order, nothing repeated but what \
+         was in flight, effects exact through the inbox, nothing left waiting, nothing kept of the system. The figures are \
+         messages that arrived twice, of those that were committed, and the time from the moment at which all worked again \
+         until something arrived.\n\n| fault |",
+    );
+    for store in STORES {
+        text += &format!(" {store} |");
+    }
+    text += &format!("\n|---|{}\n", "---|".repeat(STORES.len()));
+    let mut faults: Vec<&str> = Vec::new();
+    for row in rows {
+        if !faults.contains(&row.fault.as_str()) {
+            faults.push(&row.fault);
+        }
+    }
+    for fault in faults {
+        text += &format!("| {fault} |");
+        for store in STORES {
+            let row = rows.iter().find(|row| row.fault == fault && row.store == *store);
+            text += &row.map_or(" |".to_owned(), |row| format!(" {} |", row.cell()));
+        }
+        text.push('\n');
+    }
+    text
+}
