@@ -421,7 +421,8 @@ impl MysqlProducer {
 
     /// Connects, as soon as the server lets it.
     fn connect(&self) -> MySqlConnection {
-        let connected = until(Duration::from_secs(60), || {
+        // One that stands still at its start is started once more after a minute.
+        let connected = until(Duration::from_secs(180), || {
             let connecting = MySqlConnection::connect_with(&self.options);
             match self.runtime.block_on(connecting) {
                 Ok(connection) => Some(connection),

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use outbox::kafka::rdkafka::consumer::{BaseConsumer, Consumer};
+use outbox::kafka::rdkafka::error::KafkaResult;
 use outbox::kafka::rdkafka::message::{BorrowedMessage, Headers, Message};
 use outbox::kafka::rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
@@ -26,7 +27,7 @@ pub(crate) fn counter(servers: &str, topic: &str) -> impl Fn() -> i64 {
     let (consumer, partitions) = consumer(servers, topic);
     let topic = topic.to_owned();
     let count = move |partition: &i32| {
-        let (begin, end) = consumer.fetch_watermarks(&topic, *partition, PATIENCE).unwrap();
+        let (begin, end) = patiently(|| consumer.fetch_watermarks(&topic, *partition, PATIENCE));
         end - begin
     };
     move || partitions.iter().map(&count).sum()
@@ -40,7 +41,7 @@ fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
         .set("enable.auto.commit", "false")
         .create()
         .unwrap();
-    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+    let metadata = patiently(|| consumer.fetch_metadata(Some(topic), PATIENCE));
     let partitions = metadata.topics()[0]
         .partitions()
         .iter()
@@ -50,7 +51,7 @@ fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
 }
 
 fn read_partition(consumer: &BaseConsumer, topic: &str, partition: i32, arrived: &mut Vec<Arrived>) {
-    let (begin, end) = consumer.fetch_watermarks(topic, partition, PATIENCE).unwrap();
+    let (begin, end) = patiently(|| consumer.fetch_watermarks(topic, partition, PATIENCE));
     let mut assignment = TopicPartitionList::new();
     assignment
         .add_partition_offset(topic, partition, Offset::Offset(begin))
@@ -84,6 +85,17 @@ fn record(message: &BorrowedMessage<'_>) -> Arrived {
         headers: headers
             .map(|header| (header.key.to_owned(), header.value.unwrap_or_default().to_vec()))
             .collect(),
+    }
+}
+
+/// Asks again while a broker that was away does not know its own topics yet.
+fn patiently<T>(ask: impl Fn() -> KafkaResult<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        match ask() {
+            Err(_) if begin.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(100)),
+            answer => return answer.unwrap(),
+        }
     }
 }
 
