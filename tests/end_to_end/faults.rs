@@ -45,6 +45,8 @@ type Injection<D> = Box<dyn Fn(&mut Trial<'_, D>)>;
 pub(crate) struct Trial<'s, D: Database> {
     stage: &'s Stage<D>,
     relays: Vec<Relay>,
+    /// Counts what has arrived. It knows the broker from before the fault.
+    arrivals: Box<dyn Fn() -> i64>,
     /// How often a key may go back, beside the times that a relay began to work on its shard.
     rewinds: usize,
     /// How long it took from the moment at which all worked again until something arrived.
@@ -104,9 +106,9 @@ impl<D: Database + 'static> Trial<'_, D> {
 
     /// From now on all works again: notes how long it takes until something arrives.
     fn heals(&mut self) {
-        let count = self.stage.arrivals();
-        let (begin, before) = (Instant::now(), count());
-        self.recovery = until(SECOND * 60, || (count() > before).then(|| begin.elapsed()));
+        let (begin, before) = (Instant::now(), (self.arrivals)());
+        let arrives = || ((self.arrivals)() > before).then(|| begin.elapsed());
+        self.recovery = until(SECOND * 60, arrives);
     }
 }
 
@@ -364,6 +366,7 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
     let mut trial = Trial {
         stage: &stage,
         relays: (0..2).map(|_| stage.relay()).collect(),
+        arrivals: Box::new(stage.arrivals()),
         rewinds: 0,
         recovery: None,
     };

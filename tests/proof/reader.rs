@@ -23,7 +23,7 @@ pub(crate) fn read_topic(servers: &str, topic: &str) -> Vec<Arrived> {
 }
 
 /// Counts the records that the topic has, each time it is called.
-pub(crate) fn counter(servers: &str, topic: &str) -> impl Fn() -> i64 {
+pub(crate) fn counter(servers: &str, topic: &str) -> impl Fn() -> i64 + use<> {
     let (consumer, partitions) = consumer(servers, topic);
     let topic = topic.to_owned();
     let count = move |partition: &i32| {

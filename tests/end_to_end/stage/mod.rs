@@ -156,7 +156,7 @@ impl<D: Database> Stage<D> {
     }
 
     /// Counts what has arrived, each time it is called.
-    pub(crate) fn arrivals(&self) -> impl Fn() -> i64 {
+    pub(crate) fn arrivals(&self) -> impl Fn() -> i64 + use<D> {
         counter(&self.servers, &self.topic)
     }
 
