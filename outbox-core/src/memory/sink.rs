@@ -69,7 +69,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     latency: Duration,
-    /// Whether a key goes on behind a message that was refused.
+    /// Whether a key goes on behind a message that was refused for good.
     goes_on: bool,
     /// Publishing waits while so many records are under way; none is no limit.
     capacity: Option<usize>,
@@ -117,7 +117,7 @@ impl MemorySink {
         Self::default()
     }
 
-    /// One that delivers what follows a refused message of its key, as Kafka's producer does. Give it no fault with
+    /// One that delivers what follows a message that it refused for good, as Kafka's producer does. Give it no fault with
     /// [`Outcome::Retry`]: no such sink may answer so.
     ///
     /// ```
@@ -325,7 +325,7 @@ impl State {
         let stop = match &outcome {
             Outcome::Delivered => None,
             Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_) => Some(Stop::Purge),
-            Outcome::Poison(_) | Outcome::TopicBlocked(_) if self.goes_on => None,
+            Outcome::Poison(_) if self.goes_on => None,
             Outcome::Poison(_) | Outcome::Retry(_) | Outcome::TopicBlocked(_) | Outcome::Skipped => {
                 Some(Stop::Batch(batch))
             }
