@@ -6,9 +6,10 @@
     reason = "clippy takes only #[test] functions for tests"
 )]
 
+use std::cell::OnceCell;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -34,7 +35,8 @@ pub(crate) const SERVERS: &[&str] = &["postgres", "mysql", "mariadb", "mongo"];
 pub(crate) struct Fault<D: Database + 'static> {
     name: String,
     relays: Relays,
-    servers: String,
+    /// The broker, where it is not the shared one.
+    broker: Option<Rc<Broker>>,
     inject: Injection<D>,
 }
 
@@ -73,7 +75,7 @@ impl<D: Database + 'static> Fault<D> {
         Self {
             name: name.into(),
             relays: short_lease::<D>(),
-            servers: broker(),
+            broker: None,
             inject: Box::new(inject),
         }
     }
@@ -271,45 +273,51 @@ pub(crate) fn of_the_network<D: Database + 'static>() -> Vec<Fault<D>> {
     faults.into_iter().map(through).collect()
 }
 
-/// What goes wrong with the broker: one of these tests' own.
-pub(crate) fn of_the_broker<D: Database + 'static>() -> Vec<Fault<D>> {
-    static BROKER: OnceLock<(TempDir, OwnServer)> = OnceLock::new();
-    let own = || {
-        let (_, broker) = BROKER.get_or_init(|| {
+/// A broker of a test's own, started when it is wanted, and gone with the faults.
+#[derive(Default)]
+struct Broker {
+    server: OnceCell<(OwnServer, TempDir)>,
+}
+
+impl Broker {
+    fn server(&self) -> &OwnServer {
+        let (server, _) = self.server.get_or_init(|| {
             let folder = tempfile::tempdir().unwrap();
-            let broker = OwnServer::start("kafka", folder.path());
-            (folder, broker)
+            (OwnServer::start("kafka", folder.path()), folder)
         });
-        broker
-    };
-    let faults = vec![
-        Fault::new("the broker is killed", move |trial: &mut Trial<'_, D>| {
-            own().signal("KILL");
-            own().restart();
+        server
+    }
+}
+
+/// What goes wrong with the broker: one of the test's own.
+pub(crate) fn of_the_broker<D: Database + 'static>() -> Vec<Fault<D>> {
+    let broker = Rc::new(Broker::default());
+    let fault = |name: &str, inject: fn(&Broker, &mut Trial<'_, D>)| {
+        let own = Rc::clone(&broker);
+        let mut fault = Fault::new(name, move |trial: &mut Trial<'_, D>| {
+            inject(&own, trial);
             trial.heals();
             trial.rewinds += 1;
-        }),
-        Fault::new("the broker is away for five seconds", move |trial| {
-            own().signal("KILL");
-            std::thread::sleep(SECOND * 5);
-            own().restart();
-            trial.heals();
-            trial.rewinds += 1;
-        }),
-        Fault::new("the broker stands still", move |trial| {
-            own().signal("STOP");
-            std::thread::sleep(SECOND * 5);
-            own().signal("CONT");
-            trial.heals();
-            trial.rewinds += 1;
-        }),
-    ];
-    let servers = own().variable("");
-    let with_it = |mut fault: Fault<D>| {
-        fault.servers.clone_from(&servers);
+        });
+        fault.broker = Some(Rc::clone(&broker));
         fault
     };
-    faults.into_iter().map(with_it).collect()
+    vec![
+        fault("the broker is killed", |own, _| {
+            own.server().signal("KILL");
+            own.server().restart();
+        }),
+        fault("the broker is away for five seconds", |own, _| {
+            own.server().signal("KILL");
+            std::thread::sleep(SECOND * 5);
+            own.server().restart();
+        }),
+        fault("the broker stands still", |own, _| {
+            own.server().signal("STOP");
+            std::thread::sleep(SECOND * 5);
+            own.server().signal("CONT");
+        }),
+    ]
 }
 
 /// What goes wrong with the database: a server of the test's own.
@@ -362,7 +370,11 @@ pub(crate) fn try_all<D: Database + 'static>(
 
 fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
     let begin = Instant::now();
-    let stage = Stage::<D>::new(&fault.servers, fault.relays);
+    let servers = fault
+        .broker
+        .as_ref()
+        .map_or_else(broker, |own| own.server().variable(""));
+    let stage = Stage::<D>::new(&servers, fault.relays);
     let mut trial = Trial {
         stage: &stage,
         relays: (0..2).map(|_| stage.relay()).collect(),
