@@ -148,3 +148,36 @@ impl SinkHarness for Memory {
 }
 
 outbox_core::sink_conformance!(Memory, memory_sink, start_paused = true);
+
+/// The same of a sink that goes on with a key, which must not answer that it wants a message again.
+struct GoingOn(Memory);
+
+#[async_trait]
+impl SinkHarness for GoingOn {
+    async fn fresh() -> Self {
+        Self(Memory(MemorySink::going_on()))
+    }
+
+    async fn sink(&self) -> Box<dyn Sink> {
+        self.0.sink().await
+    }
+
+    async fn delivered(&self) -> Vec<Message> {
+        self.0.delivered().await
+    }
+
+    fn faults(&self) -> &'static [SinkFault] {
+        use SinkFault::{Block, Break, Delay, Outage};
+        &[Block, Outage, Break, Delay]
+    }
+
+    async fn inject(&self, fault: SinkFault, message: MessageId) {
+        self.0.inject(fault, message).await;
+    }
+
+    async fn poison(&self, key: &'static str) -> Option<Message> {
+        self.0.poison(key).await
+    }
+}
+
+outbox_core::sink_conformance!(GoingOn, going_on_sink, start_paused = true);
