@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
+use uuid::Uuid;
 
 use super::super::harness::StoreHarness;
 use super::super::kit::{Bench, LONG, Relay, retrying, text};
@@ -153,9 +154,16 @@ impl<H: StoreHarness> Schedule<H> {
         }
     }
 
-    fn message(&self, stream: Stream, text: &str) -> Message {
-        let key = (stream < self.keys).then(|| format!("key-{stream}"));
-        self.bench.message(0, key.as_deref(), text)
+    /// The id is the seed's, too: it decides the shard of a message without key.
+    fn message(&mut self, stream: Stream, text: &str) -> Message {
+        let builder = Message::builder(self.bench.topic(0))
+            .id(Uuid::from_u128(self.rng.u128(..)))
+            .payload(format!("\"{text}\""));
+        self.bench.build(if stream < self.keys {
+            builder.key(format!("key-{stream}"))
+        } else {
+            builder
+        })
     }
 
     async fn end_transaction(&mut self, commit: bool) {
