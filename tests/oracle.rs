@@ -299,15 +299,27 @@ fn a_relay_that_keeps_resources_breaks_a_law() {
 }
 
 #[test]
-fn a_dead_letter_is_not_lost_and_its_successors_may_go() {
+fn poison_that_died_is_not_lost_and_its_successors_may_go() {
     let mut run = healthy(2, 10);
     run.effects = None;
     for n in [1, 5, 6, 10] {
         let gone = run.arrived.remove(place(&run, "k0", n));
-        run.dead.push(Stamp::read(&gone.payload.unwrap()).unwrap().id);
+        let id = Stamp::read(&gone.payload.unwrap()).unwrap().id;
+        run.dead.push(id);
+        let written = run.written.iter_mut().find(|written| written.stamp.id == id);
+        written.unwrap().stamp.poison = true;
     }
     run.judge().assert_kept();
     run.dead.pop();
+    assert_eq!(broken(&run), ["I1"]);
+}
+
+#[test]
+fn a_message_that_nothing_is_wrong_with_must_not_die() {
+    let mut run = healthy(2, 10);
+    run.effects = None;
+    let gone = run.arrived.remove(place(&run, "k0", 10));
+    run.dead.push(Stamp::read(&gone.payload.unwrap()).unwrap().id);
     assert_eq!(broken(&run), ["I1"]);
 }
 

@@ -46,6 +46,7 @@ fn the_writers_log_tells_what_was_done_and_survives_its_writer() {
         rollback_each: 5,
         hold_each: 10,
         hold: Duration::ZERO,
+        poison_each: 10,
         spread: Duration::ZERO,
     };
     load.write(&WriterLog::open(&path), || Nowhere(BTreeMap::new()));
@@ -53,6 +54,8 @@ fn the_writers_log_tells_what_was_done_and_survives_its_writer() {
     let count = |end| written.iter().filter(|written| written.end == end).count();
     assert_eq!((written.len(), count(End::Unknown)), (500, 0));
     assert!(count(End::RolledBack) > 0);
+    assert!(written.iter().any(|written| written.stamp.poison));
+    assert!(written.iter().any(|written| !written.stamp.poison));
 
     // The writer dies between an intent and its end, and again within a line.
     let stamp = Stamp::new("k1", 1);

@@ -32,7 +32,9 @@ pub(crate) fn classify(code: Code) -> Class {
         | Code::LeaderNotAvailable
         // Not this message's fault: the whole topic has an older format than the producer writes.
         | Code::UnsupportedForMessageFormat
-        | Code::UnsupportedCompressionType => Class::TopicBlocked,
+        | Code::UnsupportedCompressionType
+        // Neither is this: the time is that of this machine's clock, which the topic finds to be wrong.
+        | Code::InvalidTimestamp => Class::TopicBlocked,
 
         Code::Authentication
         | Code::SaslAuthenticationFailed
@@ -84,7 +86,6 @@ mod tests {
             (Code::MessageBatchTooLarge, Class::Poison),
             (Code::InvalidRecord, Class::Poison),
             (Code::PolicyViolation, Class::Poison),
-            (Code::InvalidTimestamp, Class::Poison),
             // A name that a broker calls illegal never becomes legal, unlike a topic that is only unknown.
             (Code::InvalidTopic, Class::Poison),
             (Code::InvalidArgument, Class::Poison),
@@ -92,6 +93,7 @@ mod tests {
             (Code::UnknownTopicOrPartition, Class::TopicBlocked),
             (Code::UnknownTopic, Class::TopicBlocked),
             (Code::UnknownPartition, Class::TopicBlocked),
+            (Code::InvalidTimestamp, Class::TopicBlocked),
             (Code::Authentication, Class::Outage),
             (Code::SSL, Class::Outage),
             (Code::AllBrokersDown, Class::Outage),

@@ -107,7 +107,11 @@ impl Context {
     fn failure(&self, error: &KafkaError, topic: &str) -> Outcome {
         let code = error.rdkafka_error_code().unwrap_or(Code::Fail);
         let class = classify(code);
-        let reason = Reason::from(format!("{code} (topic {topic})"));
+        let hint = match code {
+            Code::InvalidTimestamp => "; is this machine's clock right?",
+            _ => "",
+        };
+        let reason = Reason::from(format!("{code} (topic {topic}{hint})"));
         match (class, self.lane) {
             // We purge only what is closed already, so this is librdkafka's own doing, after a fatal error.
             _ if code == Code::PurgeQueue => {

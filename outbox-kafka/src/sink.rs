@@ -28,7 +28,8 @@ use crate::tracker::{Closing, Phase, Tracker, outcome};
 ///   So it never answers [`Outcome::Retry`], and an outage burns no attempts.
 /// - A message that librdkafka or the broker refuses for what it is, is [`Outcome::Poison`]; the key's successors go
 ///   on ([`SinkCapabilities::stops_key_at_failure`] is false).
-/// - A topic that is unknown or forbidden is [`Outcome::TopicBlocked`], mostly before anything is sent.
+/// - A topic that is unknown or forbidden is [`Outcome::TopicBlocked`], mostly before anything is sent; so is one that
+///   refuses the time of this machine's clock.
 /// - Silence is an outage: see [`KafkaConfig::outage_after`]. Its reason is what the client said last (wrong password,
 ///   unknown certificate, connection refused).
 /// - After an outage, a fatal error or a purge the producer is thrown away and a new one made.
@@ -195,6 +196,9 @@ impl Sink for KafkaSink {
             return Receipt::ready(vec![Outcome::Skipped; batch.len()]);
         };
         let tracker = producer.tracker.clone();
+        if let Some(closing) = breaks() {
+            tracker.close(closing);
+        }
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
             tracker.make_purge_due();
@@ -379,6 +383,21 @@ async fn hand_over(
         }
         tracker.room().await;
     }
+}
+
+/// The producer ends here as by a fatal error, when a test wants it to: `FAILPOINTS="producer=5*off->1*return->off"`,
+/// at the batch after the fifth.
+#[cfg(feature = "failpoints")]
+fn breaks() -> Option<Closing> {
+    fail::fail_point!("producer", |_| Some(
+        Closing::new(Class::Broken, "a failpoint").draining()
+    ));
+    None
+}
+
+#[cfg(not(feature = "failpoints"))]
+const fn breaks() -> Option<Closing> {
+    None
 }
 
 enum Attempt<'a> {

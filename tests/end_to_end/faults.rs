@@ -22,7 +22,7 @@ use crate::stage::database::{Database, Killable};
 use crate::stage::kafka::broker;
 use crate::stage::relay::Relay;
 use crate::stage::services::OwnServer;
-use crate::stage::{Relays, Stage, WINDOW, say, until};
+use crate::stage::{Props, Relays, Stage, WINDOW, clocks, disk, from_environment, say, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -35,6 +35,9 @@ pub(crate) const SERVERS: &[&str] = &["postgres", "mysql", "mariadb", "mongo"];
 pub(crate) struct Fault<D: Database + 'static> {
     name: String,
     relays: Relays,
+    props: Props,
+    /// What the writer does otherwise.
+    load: fn(Load) -> Load,
     /// The broker, where it is not the shared one.
     broker: Option<Rc<Broker>>,
     inject: Injection<D>,
@@ -53,6 +56,10 @@ pub(crate) struct Trial<'s, D: Database> {
     rewinds: usize,
     /// How long it took from the moment at which all worked again until something arrived.
     recovery: Option<Duration>,
+    /// How long it took from an owner's death until others owned all that it had.
+    take_over: Option<Duration>,
+    /// How many relays were killed.
+    kills: usize,
 }
 
 /// What came of a fault on a store.
@@ -66,7 +73,13 @@ pub(crate) struct Row {
     lost: usize,
     phantoms: usize,
     gaps: usize,
+    #[serde(default)]
+    dead: usize,
+    #[serde(default)]
+    kills: usize,
     recovery_ms: Option<u64>,
+    #[serde(default)]
+    take_over_ms: Option<u64>,
     seconds: f64,
 }
 
@@ -75,6 +88,8 @@ impl<D: Database + 'static> Fault<D> {
         Self {
             name: name.into(),
             relays: short_lease::<D>(),
+            props: Props::default(),
+            load: |load| load,
             broker: None,
             inject: Box::new(inject),
         }
@@ -82,6 +97,16 @@ impl<D: Database + 'static> Fault<D> {
 
     fn with(mut self, change: impl FnOnce(&mut Relays)) -> Self {
         change(&mut self.relays);
+        self
+    }
+
+    fn props(mut self, props: Props) -> Self {
+        self.props = props;
+        self
+    }
+
+    fn load(mut self, load: fn(Load) -> Load) -> Self {
+        self.load = load;
         self
     }
 }
@@ -104,13 +129,41 @@ impl<D: Database + 'static> Trial<'_, D> {
 
     fn kill(&mut self, relay: usize) {
         self.relays.swap_remove(relay).kill();
+        self.kills += 1;
     }
 
-    /// From now on all works again: notes how long it takes until something arrives.
+    /// Only one relay, with this in `FAILPOINTS`.
+    fn only(&mut self, failpoints: &str) {
+        while let Some(relay) = self.relays.pop() {
+            let _ = relay.terminate();
+        }
+        self.relays.push(self.stage.relay_with(failpoints));
+    }
+
+    /// Somebody has died: notes how long it takes until those that live own everything.
+    fn is_taken_over(&mut self) {
+        let begin = Instant::now();
+        let owned = || self.stage.owned(&self.relays).into_iter().sum::<usize>();
+        let all = || (owned() == self.stage.shards()).then(|| begin.elapsed());
+        self.take_over = until(SECOND * 60, all);
+        assert!(self.take_over.is_some(), "nobody takes over");
+    }
+
+    /// From now on all works again: notes how long it takes until something arrives, or nothing waits.
     fn heals(&mut self) {
         let (begin, before) = (Instant::now(), (self.arrivals)());
-        let arrives = || ((self.arrivals)() > before).then(|| begin.elapsed());
+        let arrives = || {
+            let works = (self.arrivals)() > before || self.stage.backlog() == 0;
+            works.then(|| begin.elapsed())
+        };
         self.recovery = until(SECOND * 60, arrives);
+        assert!(self.recovery.is_some(), "nothing arrives any more");
+    }
+
+    /// The topic is there from now on.
+    fn makes_topic(&mut self) {
+        self.stage.make_topic(None);
+        self.arrivals = Box::new(self.stage.arrivals());
     }
 }
 
@@ -129,10 +182,10 @@ const EDGES: [(&str, usize, bool); 9] = [
 
 fn die_at<D: Database + 'static>(trial: &mut Trial<'_, D>, edge: &str, passes: usize, ends: bool) {
     // It has to own something, so nobody else may.
-    while let Some(relay) = trial.relays.pop() {
-        let _ = relay.terminate();
-    }
-    trial.relays.push(trial.stage.relay_that_dies(edge, passes));
+    trial.only(&match passes {
+        0 => format!("{edge}=return"),
+        passes => format!("{edge}={passes}*off->return"),
+    });
     if ends {
         trial.owner();
         std::thread::sleep(SECOND / 2);
@@ -148,8 +201,25 @@ pub(crate) fn of_relays<D: Database + 'static>() -> Vec<Fault<D>> {
     let mut faults = vec![
         Fault::new("the owner is killed", |trial: &mut Trial<'_, D>| {
             trial.kill(trial.owner());
-            trial.heals();
+            trial.is_taken_over();
             trial.start();
+        }),
+        Fault::new("a relay is killed every second", |trial: &mut Trial<'_, D>| {
+            for _ in 0..kills() {
+                std::thread::sleep((SECOND * D::SLOW).mul_f64(0.5 + fastrand::f64()));
+                trial.relays.iter_mut().for_each(Relay::assert_alive);
+                let owner = trial
+                    .stage
+                    .owner(&trial.relays)
+                    .filter(|_| fastrand::u8(0..3) > 0);
+                trial.kill(owner.unwrap_or_else(|| fastrand::usize(0..trial.relays.len())));
+                trial.start();
+            }
+        })
+        .load(|load| Load {
+            messages: kills() * MESSAGES_A_KILL,
+            spread: SECOND * D::SLOW * u32::try_from(kills()).unwrap(),
+            ..load
         }),
         Fault::new("all relays are killed", |trial| {
             while !trial.relays.is_empty() {
@@ -205,6 +275,23 @@ pub(crate) fn of_relays<D: Database + 'static>() -> Vec<Fault<D>> {
             }
         }),
         Fault::new("one message at a time", |_| {}).with(|relays| relays.window = 1),
+        Fault::new(
+            "the locks of the database are held for longer than the lease",
+            |trial: &mut Trial<'_, D>| {
+                let lease = Trial::<D>::lease();
+                trial
+                    .stage
+                    .database
+                    .hold_settlements(|| std::thread::sleep(lease * 3));
+                trial.heals();
+                trial.rewinds += WINDOW;
+            },
+        ),
+        Fault::new("transactions stay open for seconds", |_| {}).load(|load| Load {
+            hold: SECOND * 5,
+            hold_each: 100,
+            ..load
+        }),
         Fault::new("the producer's queue is full", |_| {})
             .with(|relays| relays.sink = "[sink.options]\n\"queue.buffering.max.messages\" = \"20\""),
     ];
@@ -215,15 +302,97 @@ pub(crate) fn of_relays<D: Database + 'static>() -> Vec<Fault<D>> {
                 move |trial: &mut Trial<'_, D>| die_at(trial, edge, passes, ends),
             )
         }));
+        faults.push(Fault::new("the producer breaks", |trial: &mut Trial<'_, D>| {
+            trial.only("producer=5*off->1*return->off");
+            let breaks = || {
+                trial.relays[0]
+                    .log()
+                    .contains("the sink cannot be used")
+                    .then_some(())
+            };
+            assert!(until(SECOND * 30, breaks).is_some(), "it does not break");
+            trial.heals();
+            trial.rewinds += 1;
+        }));
     } else {
         say("relays have edges at which they die with the feature failpoints only");
     }
+    if clocks::can_be_set() {
+        faults.extend(
+            [("an hour and a half ahead", 5_400), ("a day behind", -86_400)].map(|(by, seconds)| {
+                let fault = Fault::new(
+                    format!("the relays' clocks are {by}"),
+                    move |trial: &mut Trial<'_, D>| {
+                        trial.stage.clocks().set_by(seconds);
+                        std::thread::sleep(SECOND * 3);
+                        trial.stage.clocks().set_by(0);
+                        // They see it within a second.
+                        std::thread::sleep(SECOND);
+                        trial.heals();
+                        trial.rewinds += 1;
+                    },
+                );
+                fault.props(Props {
+                    clocks: true,
+                    ..Props::default()
+                })
+            }),
+        );
+    } else {
+        say("clocks cannot be wrong here: faketime is not installed");
+    }
     faults
+}
+
+/// How often relays are killed where they are killed again and again.
+fn kills() -> usize {
+    from_environment("OUTBOX_FAULTS_KILLS", 5)
+}
+
+/// How many messages are written meanwhile, for each kill.
+const MESSAGES_A_KILL: usize = 500;
+
+/// What goes wrong with messages and their topic.
+pub(crate) fn of_the_topic<D: Database + 'static>() -> Vec<Fault<D>> {
+    vec![
+        Fault::new(
+            "one message of a hundred is refused",
+            |trial: &mut Trial<'_, D>| {
+                // Each refusal makes the producer start anew.
+                trial.rewinds += WINDOW;
+            },
+        )
+        .props(Props {
+            narrow: true,
+            ..Props::default()
+        })
+        .load(|load| Load {
+            poison_each: 100,
+            ..load
+        }),
+        Fault::new("the topic is not there", |trial| {
+            std::thread::sleep(SECOND * 3);
+            trial.makes_topic();
+            trial.heals();
+        })
+        .props(Props {
+            topic_later: true,
+            ..Props::default()
+        }),
+        Fault::new("the topic is forbidden", |trial| {
+            std::thread::sleep(SECOND * 3);
+            trial.stage.grant_topic();
+            trial.heals();
+        })
+        .with(|relays| relays.login = true),
+    ]
 }
 
 /// What goes wrong between relays and their database.
 pub(crate) fn of_the_network<D: Database + 'static>() -> Vec<Fault<D>> {
     let faults = vec![
+        Fault::new("relays have two connections", |_: &mut Trial<'_, D>| {})
+            .with(|relays| relays.store = "max_connections = 2"),
         Fault::new("connections are cut", |trial: &mut Trial<'_, D>| {
             for _ in 0..3 {
                 trial.stage.network().cut();
@@ -261,6 +430,14 @@ pub(crate) fn of_the_network<D: Database + 'static>() -> Vec<Fault<D>> {
             }
             trial.stage.network().disarm();
         }),
+        Fault::new("connections are cut right after a commit", |trial| {
+            for _ in 0..10 {
+                trial.stage.network().cut_after(D::COMMIT);
+                std::thread::sleep(SECOND / 4);
+            }
+            trial.stage.network().disarm();
+            assert!(trial.stage.network().cuts() > 0, "no commit passed");
+        }),
         Fault::new("connections are cut within an answer", |trial| {
             for _ in 0..10 {
                 trial.stage.network().cut_back_after(fastrand::usize(1..20_000));
@@ -269,7 +446,12 @@ pub(crate) fn of_the_network<D: Database + 'static>() -> Vec<Fault<D>> {
             trial.stage.network().disarm();
         }),
     ];
-    let through = |fault: Fault<D>| fault.with(|relays| relays.network = true);
+    let through = |fault: Fault<D>| {
+        fault.props(Props {
+            network: true,
+            ..Props::default()
+        })
+    };
     faults.into_iter().map(through).collect()
 }
 
@@ -318,6 +500,28 @@ pub(crate) fn of_the_broker<D: Database + 'static>() -> Vec<Fault<D>> {
             own.server().signal("CONT");
         }),
     ]
+}
+
+/// What goes wrong with the disk that the database is on, of so many MiB. Where a server dies of it, it is started again.
+pub(crate) fn of_the_disk<D: Database + 'static>(size: u32, starts: impl Fn(&D) + 'static) -> Vec<Fault<D>> {
+    if !disk::can_be_mounted() {
+        say("no small disk can be mounted here: that takes an administrator on Linux");
+        return Vec::new();
+    }
+    let fault = Fault::new("the disk is full", move |trial: &mut Trial<'_, D>| {
+        for _ in 0..12 {
+            trial.stage.disk().fill();
+            std::thread::sleep(SECOND / 4);
+        }
+        trial.stage.disk().free();
+        starts(&trial.stage.database);
+        trial.heals();
+        trial.rewinds += WINDOW;
+    });
+    vec![fault.props(Props {
+        disk: Some(size),
+        ..Props::default()
+    })]
 }
 
 /// What goes wrong with the database: a server of the test's own.
@@ -374,20 +578,22 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
         .broker
         .as_ref()
         .map_or_else(broker, |own| own.server().variable(""));
-    let stage = Stage::<D>::new(&servers, fault.relays);
+    let stage = Stage::<D>::with(&servers, fault.relays, fault.props);
     let mut trial = Trial {
         stage: &stage,
         relays: (0..2).map(|_| stage.relay()).collect(),
         arrivals: Box::new(stage.arrivals()),
         rewinds: 0,
         recovery: None,
+        take_over: None,
+        kills: 0,
     };
     std::thread::scope(|scope| {
         let load = stage.load(SECOND * 4 * D::SLOW);
-        let load = Load {
+        let load = (fault.load)(Load {
             messages: load.messages / 10,
             ..load
-        };
+        });
         let writer = scope.spawn(|| stage.write(&{ load }));
         // The relays have begun.
         trial.owner();
@@ -400,7 +606,7 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
         rewinds: stage.beginnings() + trial.rewinds,
         repeats: WINDOW,
     };
-    let recovery = trial.recovery;
+    let (recovery, take_over, kills) = (trial.recovery, trial.take_over, trial.kills);
     let report = stage.judge(&format!("{store}: {}", fault.name), trial.relays, limits);
     Row {
         store: store.to_owned(),
@@ -411,18 +617,36 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
         lost: report.lost,
         phantoms: report.phantoms,
         gaps: report.gaps,
-        recovery_ms: recovery.map(|recovery| u64::try_from(recovery.as_millis()).unwrap()),
+        dead: report.dead,
+        kills,
+        recovery_ms: recovery.map(millis),
+        take_over_ms: take_over.map(millis),
         seconds: begin.elapsed().as_secs_f64(),
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap()
 }
 
 impl Row {
     fn cell(&self) -> String {
         let verdict = if self.kept { "kept" } else { "**broken**" };
-        let recovery = self
-            .recovery_ms
-            .map_or(String::new(), |millis| format!(", {millis} ms"));
-        format!("{verdict}, {} of {}{recovery}", self.duplicates, self.committed)
+        let figures = self.figures();
+        format!("{verdict}, {} of {}{figures}", self.duplicates, self.committed)
+    }
+
+    /// Those that only some faults have.
+    fn figures(&self) -> String {
+        let figures = [
+            (self.kills > 1).then(|| format!("{} kills", self.kills)),
+            (self.dead > 0).then(|| format!("{} dead", self.dead)),
+            self.take_over_ms
+                .map(|millis| format!("taken over in {millis} ms")),
+            self.recovery_ms.map(|millis| format!("{millis} ms")),
+        ];
+        let figures = figures.into_iter().flatten();
+        figures.map(|figure| format!(", {figure}")).collect()
     }
 
     /// It panicked, and has said why.
@@ -436,18 +660,19 @@ impl Row {
             lost: 0,
             phantoms: 0,
             gaps: 0,
+            dead: 0,
+            kills: 0,
             recovery_ms: None,
+            take_over_ms: None,
             seconds: took.as_secs_f64(),
         }
     }
 
     fn line(&self) -> String {
         let verdict = if self.kept { "kept  " } else { "BROKEN" };
-        let recovery = self
-            .recovery_ms
-            .map_or(String::new(), |millis| format!(", again after {millis} ms"));
+        let figures = self.figures();
         format!(
-            "{verdict} {} | {}: {} committed, {} duplicates, {} lost, {} phantoms, {} gaps{recovery}, {:.1} s",
+            "{verdict} {} | {}: {} committed, {} duplicates, {} lost, {} phantoms, {} gaps{figures}, {:.1} s",
             self.store,
             self.fault,
             self.committed,
@@ -496,8 +721,9 @@ fn table(rows: &[Row]) -> String {
          producers work, the fault strikes in the middle, then all heals, and the oracle compares what was committed with what \
          the broker has. *kept* is: nothing lost, nothing invented, of each key everything in order, nothing repeated but what \
          was in flight, effects exact through the inbox, nothing left waiting, nothing kept of the system. The figures are \
-         messages that arrived twice, of those that were committed, and the time from the moment at which all worked again \
-         until something arrived.\n\n| fault |",
+         messages that arrived twice, of those that were committed; how many were dead letters, all of them such as the topic \
+         refuses; how long it took until others owned what a dead relay had, whose lease was a second, three on MongoDB; and the \
+         time from the moment at which all worked again until something arrived.\n\n| fault |",
     );
     for store in STORES {
         text += &format!(" {store} |");

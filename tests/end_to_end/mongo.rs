@@ -76,6 +76,8 @@ impl<K: Kind> Database for Mongo<K> {
 
     const HOLD_EACH: usize = 50;
 
+    const COMMIT: &[u8] = b"commitTransaction";
+
     /// As `max_connections`, and those by which the driver watches the server.
     const CONNECTIONS: usize = 6 + 2;
 

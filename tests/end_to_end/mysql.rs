@@ -148,6 +148,11 @@ impl<K: Kind> Database for Mysql<K> {
         )
     }
 
+    fn configuration_by(&self, server: &str, place: &str) -> String {
+        let configuration = self.configuration().replace(server, place);
+        configuration.replace("\"\nordering", "?ssl-mode=DISABLED\"\nordering")
+    }
+
     fn store(&self) -> Box<dyn OutboxStore> {
         Box::new(
             self.runtime

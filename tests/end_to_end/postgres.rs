@@ -71,6 +71,9 @@ impl<K: Kind> Database for Postgres<K> {
 
     const HOLD_EACH: usize = 50;
 
+    /// One statement settles, and is a transaction by itself: it alone has an array of ids, as the protocol writes it.
+    const COMMIT: &[u8] = &[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0x0b, 0x86];
+
     /// As `max_connections`, and the reader's.
     const CONNECTIONS: usize = 7;
 
@@ -124,6 +127,11 @@ impl<K: Kind> Database for Postgres<K> {
             self.config.url.expose_secret(),
             self.config.schema,
         )
+    }
+
+    fn configuration_by(&self, server: &str, place: &str) -> String {
+        let configuration = self.configuration().replace(server, place);
+        configuration.replace("application_name", "sslmode=disable&application_name")
     }
 
     fn store(&self) -> Box<dyn OutboxStore> {

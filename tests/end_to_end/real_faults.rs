@@ -2,7 +2,7 @@
 //!
 //! `OUTBOX_FAULTS` names those that are wanted, by parts of their names, with commas; empty it names all, and without it each
 //! store has a part of them. `OUTBOX_FAULTS_JSON` is a file to which what was found is added, in place of what it has of the
-//! same stores and faults.
+//! same stores and faults. `OUTBOX_FAULTS_KILLS` is how often a relay is killed where one is killed every second.
 #![allow(
     dead_code,
     unused_macros,
@@ -10,6 +10,8 @@
 )]
 
 mod faults;
+#[path = "../grant/mod.rs"]
+mod grant;
 #[path = "../proof/mod.rs"]
 mod proof;
 #[path = "../proxy/mod.rs"]
@@ -24,16 +26,21 @@ mod mysql;
 mod postgres;
 mod sqlite;
 
-use faults::{SERVERS, STORES, finish, of_relays, of_the_broker, of_the_network, of_the_server, try_all};
+use faults::{
+    SERVERS, STORES, finish, of_relays, of_the_broker, of_the_disk, of_the_network, of_the_server,
+    of_the_topic, try_all,
+};
 use stage::database::{Database, Killable};
 
 /// All faults that a server can have, with the stores on a shared one and on one of their own.
 fn on_a_server<Shared: Database + 'static, Own: Killable + 'static>(store: &str) {
     let mut rows = Vec::new();
     try_all::<Shared>(store, STORES, of_relays(), &mut rows);
+    try_all::<Shared>(store, STORES, of_the_topic(), &mut rows);
     try_all::<Shared>(store, SERVERS, of_the_network(), &mut rows);
     try_all::<Shared>(store, STORES, of_the_broker(), &mut rows);
     try_all::<Own>(store, SERVERS, of_the_server(), &mut rows);
+    try_all::<Own>(store, SERVERS, of_the_disk(1024, Own::restart), &mut rows);
     finish(store, &rows);
 }
 
@@ -41,6 +48,8 @@ fn on_a_server<Shared: Database + 'static, Own: Killable + 'static>(store: &str)
 fn sqlite() {
     let mut rows = Vec::new();
     try_all::<sqlite::Sqlite>("sqlite", STORES, of_relays(), &mut rows);
+    try_all::<sqlite::Sqlite>("sqlite", STORES, of_the_topic(), &mut rows);
+    try_all::<sqlite::Sqlite>("sqlite", &["sqlite"], of_the_disk(32, |_| ()), &mut rows);
     try_all::<sqlite::Sqlite>("sqlite", STORES, of_the_broker(), &mut rows);
     finish("sqlite", &rows);
 }

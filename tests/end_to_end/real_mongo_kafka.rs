@@ -1,5 +1,7 @@
 //! The promise on MongoDB, end to end. Needs a replica set (`OUTBOX_TEST_MONGO`) and Kafka (`OUTBOX_TEST_KAFKA`).
 
+#[path = "../grant/mod.rs"]
+mod grant;
 #[path = "../proof/mod.rs"]
 mod proof;
 #[path = "../proxy/mod.rs"]

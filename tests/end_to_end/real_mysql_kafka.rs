@@ -1,6 +1,8 @@
 //! The promise on MySQL and MariaDB, end to end. Needs both (`OUTBOX_TEST_MYSQL`, `OUTBOX_TEST_MARIADB`) and Kafka
 //! (`OUTBOX_TEST_KAFKA`).
 
+#[path = "../grant/mod.rs"]
+mod grant;
 #[path = "../proof/mod.rs"]
 mod proof;
 #[path = "../proxy/mod.rs"]

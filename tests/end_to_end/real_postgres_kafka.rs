@@ -1,5 +1,7 @@
 //! The promise on PostgreSQL, end to end. Needs PostgreSQL (`OUTBOX_TEST_POSTGRES`) and Kafka (`OUTBOX_TEST_KAFKA`).
 
+#[path = "../grant/mod.rs"]
+mod grant;
 #[path = "../proof/mod.rs"]
 mod proof;
 #[path = "../proxy/mod.rs"]

@@ -1,5 +1,7 @@
 //! The promise on SQLite, end to end. Needs Kafka (`OUTBOX_TEST_KAFKA`).
 
+#[path = "../grant/mod.rs"]
+mod grant;
 #[path = "../proof/mod.rs"]
 mod proof;
 #[path = "../proxy/mod.rs"]

@@ -1,11 +1,16 @@
 //! The application's side in SQLite: a producer that counts, and a consumer that sums.
-#![allow(clippy::unwrap_used, reason = "clippy takes only #[test] functions for tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "clippy takes only #[test] functions for tests"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::path::Path;
 use std::time::Duration;
 
-use outbox::sqlite::rusqlite::{Connection, Transaction, TransactionBehavior, params};
+use outbox::sqlite::rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior, params};
 use outbox::sqlite::{SqliteConfig, SqliteInbox, SqliteOutbox, SqliteStore};
 use outbox::{Message, MessageId, OutboxStore, Receive};
 use tokio::runtime::Runtime;
@@ -131,26 +136,57 @@ impl Producer for SqliteProducer {
         wait: Duration,
         commit: bool,
     ) -> End {
-        let tx = begin(&mut self.connection);
+        match self.attempt(keys, message, wait, commit) {
+            Ok(end) => end,
+            // Whatever was written is rolled back, by SQLite or with the transaction.
+            Err(error) if is_full(&error) => End::RolledBack,
+            Err(error) => panic!("a producer failed: {error}"),
+        }
+    }
+}
+
+impl SqliteProducer {
+    fn attempt(
+        &mut self,
+        keys: &[String],
+        message: &mut dyn FnMut(&str, u64) -> Message,
+        wait: Duration,
+        commit: bool,
+    ) -> Result<End, Failure> {
+        let tx = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
         for key in keys {
             let last: i64 = tx
                 .prepare_cached(
                     "INSERT INTO number VALUES (?1, 1) ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last",
-                )
-                .and_then(|mut count| count.query_row([key], |row| row.get(0)))
-                .unwrap();
-            self.outbox
-                .enqueue(&tx, &message(key, last.unsigned_abs()))
-                .unwrap();
+                )?
+                .query_row([key], |row| row.get(0))?;
+            self.outbox.enqueue(&tx, &message(key, last.unsigned_abs()))?;
         }
         std::thread::sleep(wait);
         if !commit {
-            tx.rollback().unwrap();
-            return End::RolledBack;
+            tx.rollback()?;
+            return Ok(End::RolledBack);
         }
-        match tx.commit() {
-            Ok(()) => End::Committed,
-            Err(_) => End::Unknown,
-        }
+        tx.commit()?;
+        Ok(End::Committed)
     }
+}
+
+type Failure = Box<dyn Error>;
+
+/// Whether there is no room on the disk.
+fn is_full(error: &Failure) -> bool {
+    let mut next: Option<&(dyn Error + 'static)> = Some(&**error);
+    while let Some(error) = next {
+        let code = error
+            .downcast_ref::<outbox::sqlite::rusqlite::Error>()
+            .and_then(outbox::sqlite::rusqlite::Error::sqlite_error_code);
+        if code == Some(ErrorCode::DiskFull) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }

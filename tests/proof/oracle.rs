@@ -123,7 +123,7 @@ impl Run {
         sound
     }
 
-    /// I1: what was committed arrived or is a dead letter.
+    /// I1: what was committed arrived, or is a dead letter because it is poison.
     fn loss(&self, delivered: &HashSet<MessageId>, report: &mut Report) {
         let dead: HashSet<MessageId> = self.dead.iter().copied().collect();
         report.dead = dead.len();
@@ -140,6 +140,9 @@ impl Run {
                     "I1",
                     format!("{} was committed and did not arrive", written.stamp),
                 );
+            }
+            if dead.contains(&id) && !written.stamp.poison {
+                report.violation("I1", format!("{} died of nothing", written.stamp));
             }
         }
     }

@@ -12,6 +12,8 @@ pub(crate) struct Stamp {
     pub(crate) id: MessageId,
     pub(crate) key: String,
     pub(crate) n: u64,
+    /// Whether it is larger than the topic takes: a dead letter, in the end.
+    pub(crate) poison: bool,
 }
 
 impl Stamp {
@@ -21,6 +23,7 @@ impl Stamp {
             id: MessageId::new(),
             key: key.to_owned(),
             n,
+            poison: false,
         }
     }
 
@@ -39,11 +42,11 @@ impl Stamp {
             .unwrap()
     }
 
-    /// The stamp in words, up to 300 bytes that look random, a checksum of both.
+    /// The stamp in words, up to 300 bytes that look random, or many more, a checksum of both.
     fn payload(&self) -> Vec<u8> {
         let mut payload = format!("{self}\n").into_bytes();
         let mut random = fastrand::Rng::with_seed(u64::from(crc32(self.id.as_bytes())));
-        let filler = random.usize(0..300);
+        let filler = random.usize(0..300) + if self.poison { LARGEST } else { 0 };
         payload.extend((0..filler).map(|_| random.u8(..)));
         let checksum = crc32(&payload);
         payload.extend(checksum.to_be_bytes());
@@ -67,10 +70,20 @@ impl Stamp {
             id: words.next()?.parse().ok()?,
             key: words.next()?.to_owned(),
             n: words.next()?.parse().ok()?,
+            poison: match words.next() {
+                None => false,
+                Some(word) => (word == POISON).then_some(true)?,
+            },
         };
         words.next().is_none().then_some(stamp)
     }
 }
+
+/// The largest record that a topic takes which has to refuse poison.
+pub(crate) const LARGEST: usize = 20_000;
+
+/// The last word of a stamp that is poison.
+const POISON: &str = "poison";
 
 /// The content type of every message of the proof.
 const CONTENT_TYPE: &str = "application/x-proof";
@@ -78,7 +91,11 @@ const CONTENT_TYPE: &str = "application/x-proof";
 /// As the logs hold it. Keys of the proof have no spaces.
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {}", self.id, self.key, self.n)
+        write!(f, "{} {} {}", self.id, self.key, self.n)?;
+        if self.poison {
+            write!(f, " {POISON}")?;
+        }
+        Ok(())
     }
 }
 

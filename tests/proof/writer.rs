@@ -139,6 +139,8 @@ pub(crate) struct Load {
     /// One transaction of so many is held open, up to `hold`.
     pub(crate) hold_each: usize,
     pub(crate) hold: Duration,
+    /// One message of so many is poison; none with 0.
+    pub(crate) poison_each: usize,
     /// The producers pause so that it takes at least so long.
     pub(crate) spread: Duration,
 }
@@ -171,7 +173,10 @@ impl Load {
             };
             let mut stamps = Vec::with_capacity(count);
             let mut message = |key: &str, n| {
-                let stamp = Stamp::new(key, n);
+                let stamp = Stamp {
+                    poison: self.poison_each > 0 && fastrand::usize(0..self.poison_each) == 0,
+                    ..Stamp::new(key, n)
+                };
                 log.intent(&stamp);
                 stamps.push(stamp.clone());
                 stamp.message(&self.topic)

@@ -6,6 +6,9 @@
     reason = "clippy takes only #[test] functions for tests"
 )]
 
+#[path = "../../../tests/grant/mod.rs"]
+mod grants;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -19,6 +22,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::OwnedMessage;
 use rdkafka::{Offset, TopicPartitionList};
 
+pub(crate) use grants::Operation;
 pub use outbox_kafka::rdkafka;
 
 /// A stored record of the message.
@@ -203,40 +207,9 @@ pub async fn create_topic(name: &str, partitions: i32, config: &[(&str, &str)]) 
     panic!("{name} was not made");
 }
 
-/// What an ACL allows.
-#[derive(Clone, Copy)]
-pub enum Operation {
-    Write = 4,
-    Describe = 8,
-}
-
-/// Grants the test user an operation on a topic. rdkafka has no call for it, so the request is written by hand:
-/// CreateAcls, version 1.
-pub fn grant(topic: &str, operation: Operation) {
-    use std::io::{Read, Write};
-
-    fn string(request: &mut Vec<u8>, text: &str) {
-        request.extend(i16::try_from(text.len()).unwrap().to_be_bytes());
-        request.extend(text.as_bytes());
-    }
-    let mut request = vec![0, 30, 0, 1, 0, 0, 0, 1];
-    string(&mut request, "test");
-    request.extend([0, 0, 0, 1]);
-    request.push(2); // a topic
-    string(&mut request, topic);
-    request.push(3); // of exactly this name
-    string(&mut request, &format!("User:{}", env("OUTBOX_TEST_KAFKA_USER")));
-    string(&mut request, "*");
-    request.extend([operation as u8, 3]); // allow
-    let mut connection = std::net::TcpStream::connect(broker()).unwrap();
-    connection
-        .write_all(&i32::try_from(request.len()).unwrap().to_be_bytes())
-        .unwrap();
-    connection.write_all(&request).unwrap();
-    // Length, correlation, throttle time, number of results, the error of the one.
-    let mut response = [0; 18];
-    connection.read_exact(&mut response).unwrap();
-    assert_eq!(response[16..], [0, 0], "the ACL was refused");
+/// Grants the test user an operation on a topic.
+pub(crate) fn grant(topic: &str, operation: Operation) {
+    grants::grant(&broker(), &env("OUTBOX_TEST_KAFKA_USER"), topic, operation);
 }
 
 /// The configuration with which the test user logs in over TLS.

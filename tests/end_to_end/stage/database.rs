@@ -23,6 +23,10 @@ pub(crate) trait Database: Sync {
     /// One transaction of so many is held open for a while: seldom where all others have to wait.
     const HOLD_EACH: usize;
 
+    /// What a relay's request has in it that settles messages and commits.
+    #[allow(dead_code, reason = "for faults")]
+    const COMMIT: &[u8] = b"COMMIT";
+
     /// How many connections a relay has open at most.
     const CONNECTIONS: usize;
 
@@ -32,7 +36,7 @@ pub(crate) trait Database: Sync {
     /// The part `[store]` of the relay's configuration.
     fn configuration(&self) -> String;
 
-    /// The same, by way of another place than the server's.
+    /// The same, by way of another place than the server's, and readable there.
     fn configuration_by(&self, server: &str, place: &str) -> String {
         self.configuration().replace(server, place)
     }

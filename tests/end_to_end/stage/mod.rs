@@ -5,7 +5,9 @@
     reason = "clippy takes only #[test] functions for tests"
 )]
 
+pub(crate) mod clocks;
 pub(crate) mod database;
+pub(crate) mod disk;
 pub(crate) mod kafka;
 pub(crate) mod relay;
 pub(crate) mod sampler;
@@ -21,10 +23,13 @@ use outbox::{DeadLetterQuery, Ordering as Order, OutboxStore, RelayId, Stats};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
+use self::clocks::Clocks;
 use self::database::Database;
+use self::disk::Disk;
 use self::relay::{Relay, Usage};
 use crate::proof::oracle::{Ending, Limits, Run};
 use crate::proof::report::Report;
+use crate::proof::stamp::LARGEST;
 use crate::proof::writer::{Load, WriterLog, resolve, unknown};
 use crate::proxy::Proxy;
 use crate::reader::{counter, read_topic};
@@ -37,10 +42,26 @@ pub(crate) struct Relays {
     pub(crate) rate_limit: Option<u32>,
     /// Most records in flight.
     pub(crate) window: usize,
-    /// More settings of the sink, as lines of its configuration.
+    /// More settings of the store and of the sink, as lines of their configuration.
+    pub(crate) store: &'static str,
     pub(crate) sink: &'static str,
-    /// Whether there is a network between the relays and the database that can be made a bad one.
+    /// Whether they log in as a user to whom nothing is granted.
+    pub(crate) login: bool,
+}
+
+/// What a stage has beyond a database, a broker and a topic.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Props {
+    /// A network between the relays and the database that can be made a bad one.
     pub(crate) network: bool,
+    /// Relays whose clocks can be set.
+    pub(crate) clocks: bool,
+    /// A disk of so many MiB for the database.
+    pub(crate) disk: Option<u32>,
+    /// A topic that takes no records larger than [`LARGEST`].
+    pub(crate) narrow: bool,
+    /// A topic that is made later.
+    pub(crate) topic_later: bool,
 }
 
 impl Default for Relays {
@@ -50,8 +71,9 @@ impl Default for Relays {
             grace: Duration::from_secs(10),
             rate_limit: None,
             window: WINDOW,
+            store: "",
             sink: "",
-            network: false,
+            login: false,
         }
     }
 }
@@ -72,6 +94,8 @@ pub(crate) struct Stage<D: Database> {
     store: Box<dyn OutboxStore>,
     pub(crate) database: D,
     network: Option<Proxy>,
+    clocks: Option<Clocks>,
+    disk: Option<Disk>,
     runtime: Runtime,
     folder: TempDir,
     servers: String,
@@ -86,37 +110,64 @@ pub(crate) struct Stage<D: Database> {
 impl<D: Database> Stage<D> {
     /// An empty stage.
     pub(crate) fn new(servers: &str, relays: Relays) -> Self {
+        Self::with(servers, relays, Props::default())
+    }
+
+    /// An empty stage with these props.
+    pub(crate) fn with(servers: &str, relays: Relays, props: Props) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
         let runtime = Runtime::new().unwrap();
-        let database = D::make(folder.path(), &runtime);
-        let topic = runtime.block_on(kafka::new_topic(servers, 6));
+        let disk = props.disk.map(|size| Disk::mount(folder.path(), size).unwrap());
+        let database = D::make(disk.as_ref().map_or(folder.path(), Disk::folder), &runtime);
         let network = address(&database.configuration())
-            .filter(|_| relays.network)
+            .filter(|_| props.network)
             .map(|server| runtime.block_on(Proxy::before(server)));
         let stage = Self {
             store: database.store(),
             database,
             network,
+            disk,
+            clocks: props.clocks.then(|| Clocks::new(folder.path())),
             runtime,
             folder,
             servers: servers.to_owned(),
-            topic,
+            topic: kafka::topic_name(),
             started: AtomicUsize::new(0),
             kept: Mutex::default(),
             _turn: turn,
         };
-        std::fs::write(stage.file("relay.toml"), stage.configuration(relays)).unwrap();
+        stage.configure(relays);
+        if !props.topic_later {
+            stage.make_topic(props.narrow.then_some(LARGEST));
+        }
         stage
+    }
+
+    /// Makes the topic that messages go to.
+    pub(crate) fn make_topic(&self, largest: Option<usize>) {
+        self.runtime
+            .block_on(kafka::new_topic(&self.servers, &self.topic, 6, largest));
+    }
+
+    /// How relays are configured that start from now on.
+    pub(crate) fn configure(&self, relays: Relays) {
+        std::fs::write(self.file("relay.toml"), self.configuration(relays)).unwrap();
     }
 
     fn configuration(&self, relays: Relays) -> String {
         let rate_limit = relays
             .rate_limit
             .map_or(String::new(), |rate| format!("rate_limit = {rate}"));
+        let (servers, sink) = if relays.login {
+            kafka::login()
+        } else {
+            (self.servers.clone(), relays.sink.to_owned())
+        };
         format!(
             r#"
             [store]
+            {}
             {}
             [sink]
             type = "kafka"
@@ -130,8 +181,9 @@ impl<D: Database> Stage<D> {
             {rate_limit}
             "#,
             self.through_the_network(),
-            self.servers,
-            relays.sink,
+            relays.store,
+            servers,
+            sink,
             relays.lease.as_millis(),
             relays.grace.as_millis(),
             relays.window.div_ceil(4),
@@ -155,6 +207,24 @@ impl<D: Database> Stage<D> {
         self.network.as_ref().unwrap()
     }
 
+    /// The disk that the database is on.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn disk(&self) -> &Disk {
+        self.disk.as_ref().unwrap()
+    }
+
+    /// The relays' clocks.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn clocks(&self) -> &Clocks {
+        self.clocks.as_ref().unwrap()
+    }
+
+    /// Grants the user that relays log in as to write to the topic.
+    #[allow(dead_code, reason = "for faults")]
+    pub(crate) fn grant_topic(&self) {
+        kafka::grant(&self.servers, &self.topic);
+    }
+
     /// Counts what has arrived, each time it is called.
     pub(crate) fn arrivals(&self) -> impl Fn() -> i64 + use<D> {
         counter(&self.servers, &self.topic)
@@ -174,6 +244,7 @@ impl<D: Database> Stage<D> {
             rollback_each: 20,
             hold_each: D::HOLD_EACH,
             hold: Duration::from_millis(500),
+            poison_each: 0,
             spread,
         }
     }
@@ -189,18 +260,12 @@ impl<D: Database> Stage<D> {
         self.relay_with("")
     }
 
-    /// Starts one that dies at an edge between two steps, when it has passed it so often.
-    #[allow(dead_code, reason = "for faults")]
-    pub(crate) fn relay_that_dies(&self, edge: &str, passes: usize) -> Relay {
-        self.relay_with(&match passes {
-            0 => format!("{edge}=return"),
-            passes => format!("{edge}={passes}*off->return"),
-        })
-    }
-
-    fn relay_with(&self, failpoints: &str) -> Relay {
+    /// Starts one with this in `FAILPOINTS`.
+    pub(crate) fn relay_with(&self, failpoints: &str) -> Relay {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
-        Relay::start(&self.file("relay.toml"), self.relay_log(number), failpoints)
+        let mut environment = vec![("FAILPOINTS", failpoints.to_owned())];
+        environment.extend(self.clocks.iter().flat_map(Clocks::environment));
+        Relay::start(&self.file("relay.toml"), self.relay_log(number), environment)
     }
 
     fn relay_log(&self, number: usize) -> PathBuf {
@@ -387,7 +452,11 @@ impl<D: Database> Stage<D> {
         let arrived = read_topic(&self.servers, &self.topic);
         let dead = self.runtime.block_on(async {
             let letters = self.store.dead_letters().unwrap();
-            letters.list(&DeadLetterQuery::default()).await.unwrap()
+            let all = DeadLetterQuery {
+                limit: 100_000,
+                ..DeadLetterQuery::default()
+            };
+            letters.list(&all).await.unwrap()
         });
         let mut written = WriterLog::read(&self.file("writer.log"));
         let unknown = unknown(&written);

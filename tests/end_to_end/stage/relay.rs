@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -27,11 +27,11 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Starts one that writes its log to a file, and dies at these points.
-    pub(super) fn start(config: &std::path::Path, log: PathBuf, failpoints: &str) -> Self {
+    /// Starts one that writes its log to a file, in this environment.
+    pub(super) fn start(config: &Path, log: PathBuf, environment: Vec<(&str, String)>) -> Self {
         let output = File::create(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_outbox"))
-            .env("FAILPOINTS", failpoints)
+            .envs(environment)
             .args(["relay", "--config"])
             .arg(config)
             .env("RUST_LOG", "info,outbox_core=debug")

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::disk::Disk;
+
 /// A server that `scripts/services` has started for one test. Its data lives as long as it does.
 #[derive(Debug)]
 pub(crate) struct OwnServer {
@@ -10,16 +12,19 @@ pub(crate) struct OwnServer {
     name: &'static str,
     /// Stands for a checkout: `scripts/services` keeps the servers of each checkout apart.
     checkout: PathBuf,
+    /// Where its data are, if not where `scripts/services` puts them.
+    disk: Option<PathBuf>,
 }
 
 impl OwnServer {
-    /// Starts it; what it needs of the disk is named after this folder.
+    /// Starts it; what it needs of the disk is named after this folder, or in it if it is a disk of the stage's own.
     pub(crate) fn start(name: &'static str, folder: &Path) -> Self {
+        let disk = Disk::is(folder).then(|| folder.to_owned());
         let checkout = folder.join("checkout");
         std::fs::create_dir(&checkout).unwrap();
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts");
         std::os::unix::fs::symlink(scripts, checkout.join("scripts")).unwrap();
-        let server = Self { name, checkout };
+        let server = Self { name, checkout, disk };
         server.services("start");
         server
     }
@@ -44,17 +49,22 @@ impl OwnServer {
     }
 
     fn services(&self, command: &str) -> String {
-        let output = Command::new(self.checkout.join("scripts/services"))
-            .args([command, self.name])
-            .stderr(Stdio::inherit())
-            .output()
-            .unwrap();
+        let output = self.command(command).stderr(Stdio::inherit()).output().unwrap();
         assert!(
             output.status.success(),
             "scripts/services {command} {} failed",
             self.name
         );
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn command(&self, command: &str) -> Command {
+        let mut services = Command::new(self.checkout.join("scripts/services"));
+        services.args([command, self.name]);
+        if let Some(disk) = &self.disk {
+            services.env("OUTBOX_SERVICES_DIR", disk);
+        }
+        services
     }
 }
 
@@ -63,8 +73,7 @@ impl Drop for OwnServer {
     fn drop(&mut self) {
         let failed = std::thread::panicking();
         let command = if failed { "stop" } else { "clean" };
-        let services = self.checkout.join("scripts/services");
-        let _ = Command::new(services).args([command, self.name]).status();
+        let _ = self.command(command).status();
         // The folder that was made for this checkout, outside of it.
         if let Ok(base) = std::fs::read_link(self.checkout.join("target/services")) {
             if failed {
