@@ -8,11 +8,9 @@
 
 use std::cell::OnceCell;
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::proof::oracle::Limits;
@@ -23,13 +21,9 @@ use crate::stage::kafka::broker;
 use crate::stage::relay::Relay;
 use crate::stage::services::OwnServer;
 use crate::stage::{Props, Relays, Stage, WINDOW, clocks, disk, from_environment, say, until};
+use crate::table::{Row, millis};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// All stores.
-pub(crate) const STORES: &[&str] = &["sqlite", "postgres", "mysql", "mariadb", "mongo"];
-/// Those on servers.
-pub(crate) const SERVERS: &[&str] = &["postgres", "mysql", "mariadb", "mongo"];
 
 /// Something that goes wrong.
 pub(crate) struct Fault<D: Database + 'static> {
@@ -60,27 +54,6 @@ pub(crate) struct Trial<'s, D: Database> {
     take_over: Option<Duration>,
     /// How many relays were killed.
     kills: usize,
-}
-
-/// What came of a fault on a store.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Row {
-    store: String,
-    fault: String,
-    kept: bool,
-    committed: usize,
-    duplicates: usize,
-    lost: usize,
-    phantoms: usize,
-    gaps: usize,
-    #[serde(default)]
-    dead: usize,
-    #[serde(default)]
-    kills: usize,
-    recovery_ms: Option<u64>,
-    #[serde(default)]
-    take_over_ms: Option<u64>,
-    seconds: f64,
 }
 
 impl<D: Database + 'static> Fault<D> {
@@ -623,125 +596,4 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
         take_over_ms: take_over.map(millis),
         seconds: begin.elapsed().as_secs_f64(),
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap()
-}
-
-impl Row {
-    fn cell(&self) -> String {
-        let verdict = if self.kept { "kept" } else { "**broken**" };
-        let figures = self.figures();
-        format!("{verdict}, {} of {}{figures}", self.duplicates, self.committed)
-    }
-
-    /// Those that only some faults have.
-    fn figures(&self) -> String {
-        let figures = [
-            (self.kills > 1).then(|| format!("{} kills", self.kills)),
-            (self.dead > 0).then(|| format!("{} dead", self.dead)),
-            self.take_over_ms
-                .map(|millis| format!("taken over in {millis} ms")),
-            self.recovery_ms.map(|millis| format!("{millis} ms")),
-        ];
-        let figures = figures.into_iter().flatten();
-        figures.map(|figure| format!(", {figure}")).collect()
-    }
-
-    /// It panicked, and has said why.
-    fn broken(store: &str, fault: &str, took: Duration) -> Self {
-        Self {
-            store: store.to_owned(),
-            fault: fault.to_owned(),
-            kept: false,
-            committed: 0,
-            duplicates: 0,
-            lost: 0,
-            phantoms: 0,
-            gaps: 0,
-            dead: 0,
-            kills: 0,
-            recovery_ms: None,
-            take_over_ms: None,
-            seconds: took.as_secs_f64(),
-        }
-    }
-
-    fn line(&self) -> String {
-        let verdict = if self.kept { "kept  " } else { "BROKEN" };
-        let figures = self.figures();
-        format!(
-            "{verdict} {} | {}: {} committed, {} duplicates, {} lost, {} phantoms, {} gaps{figures}, {:.1} s",
-            self.store,
-            self.fault,
-            self.committed,
-            self.duplicates,
-            self.lost,
-            self.phantoms,
-            self.gaps,
-            self.seconds
-        )
-    }
-}
-
-/// Keeps what was found where it is wanted, and fails when a promise was broken.
-pub(crate) fn finish(store: &str, rows: &[Row]) {
-    if let Some(path) = std::env::var_os("OUTBOX_FAULTS_JSON") {
-        add(Path::new(&path), rows);
-    }
-    let broken: Vec<&str> = rows
-        .iter()
-        .filter(|row| !row.kept)
-        .map(|row| row.fault.as_str())
-        .collect();
-    assert!(broken.is_empty(), "{store} broke the promise: {broken:?}");
-}
-
-/// Adds rows to a file, in place of those of the same stores and faults.
-fn add(path: &Path, rows: &[Row]) {
-    let text = std::fs::read_to_string(path).unwrap_or_else(|_| "[]".to_owned());
-    let mut all: Vec<Row> = serde_json::from_str(&text).unwrap();
-    all.retain(|own| {
-        !rows
-            .iter()
-            .any(|row| row.store == own.store && row.fault == own.fault)
-    });
-    all.extend(rows.iter().cloned());
-    let mut text = serde_json::to_string_pretty(&all).unwrap();
-    text.push('\n');
-    std::fs::write(path, text).unwrap();
-    std::fs::write(path.with_extension("md"), table(&all)).unwrap();
-}
-
-/// What was found, fault by fault and store by store.
-fn table(rows: &[Row]) -> String {
-    let mut text = String::from(
-        "# Faults\n\nMade by `scripts/faults` of what it found; not written by hand. On each store two relays and eight \
-         producers work, the fault strikes in the middle, then all heals, and the oracle compares what was committed with what \
-         the broker has. *kept* is: nothing lost, nothing invented, of each key everything in order, nothing repeated but what \
-         was in flight, effects exact through the inbox, nothing left waiting, nothing kept of the system. The figures are \
-         messages that arrived twice, of those that were committed; how many were dead letters, all of them such as the topic \
-         refuses; how long it took until others owned what a dead relay had, whose lease was a second, three on MongoDB; and the \
-         time from the moment at which all worked again until something arrived.\n\n| fault |",
-    );
-    for store in STORES {
-        text += &format!(" {store} |");
-    }
-    text += &format!("\n|---|{}\n", "---|".repeat(STORES.len()));
-    let mut faults: Vec<&str> = Vec::new();
-    for row in rows {
-        if !faults.contains(&row.fault.as_str()) {
-            faults.push(&row.fault);
-        }
-    }
-    for fault in faults {
-        text += &format!("| {fault} |");
-        for store in STORES {
-            let row = rows.iter().find(|row| row.fault == fault && row.store == *store);
-            text += &row.map_or(" |".to_owned(), |row| format!(" {} |", row.cell()));
-        }
-        text.push('\n');
-    }
-    text
 }

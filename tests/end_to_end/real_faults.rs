@@ -20,17 +20,16 @@ mod proxy;
 mod reader;
 mod scenarios;
 mod stage;
+mod table;
 
 mod mongo;
 mod mysql;
 mod postgres;
 mod sqlite;
 
-use faults::{
-    SERVERS, STORES, finish, of_relays, of_the_broker, of_the_disk, of_the_network, of_the_server,
-    of_the_topic, try_all,
-};
+use faults::{of_relays, of_the_broker, of_the_disk, of_the_network, of_the_server, of_the_topic, try_all};
 use stage::database::{Database, Killable};
+use table::{SERVERS, STORES, finish};
 
 /// All faults that a server can have, with the stores on a shared one and on one of their own.
 fn on_a_server<Shared: Database + 'static, Own: Killable + 'static>(store: &str) {
