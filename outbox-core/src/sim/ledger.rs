@@ -208,7 +208,10 @@ impl Ledger {
                 return Some(format!("{number} of {key} came when the highest was {highest}"));
             }
             let walk = walks.entry((*relay, key.clone())).or_default();
-            walk.rewinds += u64::from(number <= walk.last);
+            if number <= walk.last {
+                walk.rewinds += 1;
+                walk.repeats = 0;
+            }
             walk.repeats = if number <= *highest { walk.repeats + 1 } else { 0 };
             walk.last = number;
             *highest = number.max(*highest);
@@ -231,7 +234,7 @@ impl Ledger {
 struct Walk {
     last: u64,
     rewinds: u64,
-    /// How many it has just sent that had arrived before.
+    /// How many it has just sent, one after the other since it last went back itself, that had arrived before.
     repeats: u64,
 }
 

@@ -73,6 +73,14 @@ fn every_law_holds_whatever_happens() {
     }
 }
 
+/// Of 73748 the law was wrong: what a relay takes over and what it repeats for an answer that it lost are two repetitions.
+#[test]
+fn worlds_that_once_broke_a_law_keep_it() {
+    for seed in [73_748, 108_479] {
+        Simulation::new(seed).run().unwrap();
+    }
+}
+
 #[test]
 fn without_faults_nothing_arrives_twice() {
     for seed in seeds(100) {
