@@ -535,7 +535,8 @@ mod tests {
     use crate::fetch::Fetched;
     use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::{Command, Event, Setup, record_of};
+    use crate::relay::machine::stand::record_of;
+    use crate::relay::machine::{Command, Event, Setup};
     use crate::settle::Settled;
     use crate::shard::{Epoch, OwnedShard};
     use crate::sink::Outcome;

@@ -296,3 +296,321 @@ impl Machine {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fetch::Record;
+    use crate::hold::HoldState;
+    use crate::relay::Backoff;
+    use crate::relay::config::RelayConfig;
+    use crate::relay::machine::stand::{
+        SECOND, Stand, failure, hold_of, keyed, keyless, ms, owned, record_of,
+    };
+    use crate::relay::machine::{Event, Setup};
+    use crate::settle::Settled;
+    use crate::sink::Outcome;
+
+    const LEASE: Duration = Duration::from_secs(30);
+
+    fn setup(shards: u16) -> Setup {
+        let config = RelayConfig {
+            lease: LEASE,
+            ..RelayConfig::default()
+        };
+        Setup {
+            shards,
+            ..Setup::of_one_shard(config)
+        }
+    }
+
+    fn wants(command: &Command) -> Option<u16> {
+        match command {
+            Command::Lease { want } => Some(*want),
+            _ => None,
+        }
+    }
+
+    fn released(command: &Command) -> Option<Vec<OwnedShard>> {
+        match command {
+            Command::Release { shards, .. } => Some(shards.clone()),
+            _ => None,
+        }
+    }
+
+    /// Asks for a renewal, and says when it did.
+    fn renewal(stand: &mut Stand) -> Duration {
+        stand.until(wants);
+        stand.now
+    }
+
+    #[test]
+    fn a_lease_counts_from_when_it_was_asked_for_and_ends_a_fifth_early() {
+        let mut stand = Stand::of(setup(1));
+        let sent = renewal(&mut stand);
+        stand.now += SECOND * 5;
+        stand.lease(sent);
+        assert_eq!(
+            stand.machine.leasing_due(),
+            Some(sent + LEASE / 3),
+            "renewed at a third"
+        );
+
+        assert_eq!(renewal(&mut stand), sent + LEASE / 3);
+        let end = sent + LEASE - LEASE / 5;
+        assert_eq!(
+            stand.machine.leasing_due(),
+            Some(end),
+            "no second one while one is out"
+        );
+        stand.now = end - ms(1);
+        stand.wanted();
+        assert!(stand.machine.owns(Shard(0)));
+        stand.now = end;
+        stand.wanted();
+        assert!(!stand.machine.owns(Shard(0)));
+        let expired = |note: &Note| matches!(note, Note::ShardLost { why: "expired", .. });
+        assert!(stand.notes().iter().any(expired));
+        assert_eq!(stand.machine.leasing_due(), None, "nothing is left to end");
+    }
+
+    #[test]
+    fn a_lease_that_the_store_says_is_short_ends_early() {
+        let mut stand = Stand::of(setup(1));
+        let sent = renewal(&mut stand);
+        let leases = Leases {
+            held: stand.held.clone(),
+            relays: 1,
+            time_left: SECOND * 14,
+        };
+        stand.tell(Event::Leased {
+            sent,
+            result: Ok(leases),
+        });
+        assert_eq!(stand.machine.leasing_due(), Some(sent + SECOND * 8));
+    }
+
+    #[test]
+    fn a_renewal_that_fails_is_repeated_within_a_sixth_of_the_lease_and_at_once_when_it_is_over() {
+        let mut setup = setup(1);
+        setup.config.outage_retry = Backoff {
+            initial: SECOND * 3600,
+            max: SECOND * 3600,
+        };
+        let mut stand = Stand::of(setup);
+        let begin = renewal(&mut stand) - LEASE / 3;
+        let fail = |stand: &mut Stand| {
+            let result = Err(failure());
+            let sent = stand.now;
+            stand.tell(Event::Leased { sent, result });
+        };
+        fail(&mut stand);
+        assert_eq!(stand.machine.leasing_due(), Some(stand.now + LEASE / 6));
+        let failed = |note: &Note| {
+            matches!(
+                note,
+                Note::StoreFailed {
+                    operation: "lease",
+                    ..
+                }
+            )
+        };
+        assert!(stand.notes().iter().any(failed));
+
+        for seconds in [15, 20] {
+            assert_eq!(renewal(&mut stand), begin + SECOND * seconds);
+            fail(&mut stand);
+        }
+        assert_eq!(
+            renewal(&mut stand),
+            begin + SECOND * 24,
+            "the end of the lease, and not later"
+        );
+        assert!(!stand.machine.owns(Shard(0)));
+    }
+
+    #[test]
+    fn a_relay_that_has_less_than_its_share_asks_sooner_and_at_once_when_the_share_grows() {
+        let mut stand = Stand::of(setup(8));
+        let mut renew = |relays: u16, held: u16| {
+            let sent = renewal(&mut stand);
+            stand.relays = relays;
+            stand.held = (0..held).map(|shard| owned(shard, 1)).collect();
+            stand.now += SECOND;
+            stand.lease(sent);
+            stand.machine.leasing_due().map(|due| due.saturating_sub(sent))
+        };
+        assert_eq!(renew(1, 8), Some(LEASE / 3));
+        assert_eq!(renew(1, 7), Some(LEASE / 10), "one is missing");
+        assert_eq!(renew(2, 4), Some(LEASE / 3), "it has its half");
+        assert_eq!(renew(2, 5), Some(LEASE / 3), "it has more than its half");
+        assert_eq!(renew(1, 4), Some(SECOND), "the other has gone: now");
+        assert_eq!(renew(3, 2), Some(LEASE / 10), "a third of eight is three");
+    }
+
+    #[test]
+    fn what_is_beyond_the_share_goes_when_nothing_of_it_is_in_flight() {
+        let mut stand = Stand::of(setup(4));
+        let (low, high) = (
+            record_of(1),
+            Record {
+                shard: Shard(3),
+                ..record_of(2)
+            },
+        );
+        let batch = stand.sent(vec![low, high]);
+        stand.relays = 2;
+        assert_eq!(
+            stand.until(released),
+            [owned(2, 1)],
+            "of the fourth something is with the sink"
+        );
+        stand.tell(Event::Released { result: Ok(()) });
+        stand.held.retain(|owned| owned.shard != Shard(2));
+        let active: Vec<_> = stand.machine.leasing.active();
+        assert_eq!(
+            active,
+            [owned(0, 1), owned(1, 1)],
+            "and nothing more is read of it"
+        );
+
+        stand.outcomes(batch, vec![Outcome::Delivered; 2]);
+        assert_eq!(stand.until(released), [owned(3, 1)]);
+        stand.tell(Event::Released { result: Ok(()) });
+        assert!(
+            stand.machine.leasing_due() > Some(stand.now),
+            "it has its share, and asks for no more"
+        );
+    }
+
+    #[test]
+    fn an_epoch_that_was_lost_is_given_back_and_asked_for_anew() {
+        let mut stand = Stand::of(setup(1));
+        stand.settles = false;
+        let batch = stand.sent(vec![record_of(1)]);
+        stand.outcomes(batch, vec![Outcome::Delivered]);
+        stand.run();
+        let lost = vec![Shard(0)];
+        stand.tell(Event::Settled {
+            result: Ok(Settled { lost }),
+        });
+        assert!(!stand.machine.owns(Shard(0)));
+
+        assert_eq!(
+            stand.until(released),
+            [owned(0, 1)],
+            "the store counts it as ours still"
+        );
+        assert!(!stand.machine.owns(Shard(0)));
+        stand.held = vec![owned(0, 2)];
+        stand.tell(Event::Released { result: Ok(()) });
+        assert_eq!(renewal(&mut stand), stand.now, "at once");
+        stand.lease(stand.now);
+        assert!(stand.machine.leasing.owns(Shard(0), Epoch(2)));
+    }
+
+    #[test]
+    fn a_release_that_fails_is_told_and_left_to_the_next_renewal() {
+        let mut stand = Stand::of(setup(2));
+        stand.relays = 2;
+        assert_eq!(stand.until(released), [owned(1, 1)]);
+        let due = stand.machine.leasing.next;
+        stand.tell(Event::Released {
+            result: Err(failure()),
+        });
+        assert_eq!(stand.machine.leasing.next, due);
+        let failed = |note: &Note| {
+            matches!(
+                note,
+                Note::StoreFailed {
+                    operation: "release",
+                    ..
+                }
+            )
+        };
+        assert!(stand.notes().iter().any(failed));
+    }
+
+    #[test]
+    fn what_was_in_flight_of_a_lost_shard_weighs_nothing_and_of_another_still_does() {
+        let mut stand = Stand::of(setup(2));
+        stand.settles = false;
+        let delivered = keyed("t", "delivered", 1);
+        let (sent, other) = (
+            keyed("t", "with the sink", 2),
+            Record {
+                shard: Shard(1),
+                ..keyless("another", 3)
+            },
+        );
+        let weight = other.message.size();
+        let first = stand.sent(vec![delivered]);
+        stand.outcomes(first, vec![Outcome::Delivered]);
+        stand.sent(vec![sent, other]);
+        stand.machine.lose(Shard(0), "taken");
+        assert_eq!(stand.machine.bytes, weight);
+        assert!(
+            matches!(stand.machine.poll(stand.now), Some(Command::Purge)),
+            "the sink has some of it"
+        );
+    }
+
+    #[test]
+    fn what_only_waits_to_be_settled_needs_no_purge_when_its_shard_is_lost() {
+        let mut stand = Stand::of(setup(1));
+        stand.settles = false;
+        let batch = stand.sent(vec![record_of(1)]);
+        stand.outcomes(batch, vec![Outcome::Delivered]);
+        stand.run();
+        stand.machine.lose(Shard(0), "taken");
+        assert!(
+            !stand
+                .run()
+                .iter()
+                .any(|command| matches!(command, Command::Purge))
+        );
+    }
+
+    #[test]
+    fn the_holds_of_a_gained_shard_are_read_at_once_and_a_renewal_alone_reads_none() {
+        let mut stand = Stand::apart(setup(2));
+        stand.held = vec![owned(0, 1)];
+        stand.holds = vec![hold_of(&record_of(1), HoldState::Parked)];
+        stand.run();
+        let due = stand.machine.holds_due();
+        assert!(due > Some(stand.now), "what is parked is looked at again later");
+        stand.lease(stand.now);
+        assert_eq!(stand.machine.holds_due(), due);
+
+        stand.held.push(owned(1, 1));
+        stand.lease(stand.now);
+        let loads = stand.until(|command| match command {
+            Command::LoadHolds { shards } => Some(shards.clone()),
+            _ => None,
+        });
+        assert_eq!(loads, [owned(1, 1)], "of that one alone");
+        assert!(Some(stand.now) < due);
+    }
+
+    #[test]
+    fn a_relay_that_stops_keeps_what_it_has_until_it_is_settled_and_asks_for_no_more() {
+        let mut stand = Stand::of(setup(2));
+        let batch = stand.sent(vec![record_of(1)]);
+        stand.tell(Event::Shutdown);
+        assert_eq!(stand.until(wants), 0, "it renews while the sink has something");
+        stand.held.push(owned(2, 5));
+        stand.lease(stand.now);
+        assert!(!stand.machine.owns(Shard(2)), "what comes now is given back");
+        stand.outcomes(batch, vec![Outcome::Delivered]);
+        let (shards, membership) = stand.until(|command| match command {
+            Command::Release { shards, membership } => Some((shards.clone(), *membership)),
+            Command::Lease { .. } => panic!("it has nothing to renew for"),
+            _ => None,
+        });
+        assert_eq!(shards, [owned(2, 5), owned(0, 1), owned(1, 1)]);
+        assert_eq!(membership, Membership::Leaves);
+        assert!(!stand.machine.has_left());
+        stand.tell(Event::Released { result: Ok(()) });
+        assert!(stand.machine.has_left());
+    }
+}

@@ -32,6 +32,8 @@ mod model;
 mod publishing;
 mod reloading;
 mod settling;
+#[cfg(test)]
+mod stand;
 mod topics;
 
 use std::collections::hash_map::Entry;
@@ -66,35 +68,6 @@ pub(crate) struct Setup {
     /// See [`crate::SinkCapabilities`].
     pub(crate) stops_key_at_failure: bool,
     pub(crate) seed: u64,
-}
-
-#[cfg(test)]
-impl Setup {
-    /// A relay of a store with one shard, beside a sink that stops a key at a failure.
-    fn of_one_shard(config: RelayConfig) -> Self {
-        Self {
-            relay: RelayId::new("a"),
-            config,
-            shards: 1,
-            dead_letters: true,
-            scheduled: false,
-            stops_key_at_failure: true,
-            seed: 0,
-        }
-    }
-}
-
-/// A record of the one shard, and of one key.
-#[cfg(test)]
-fn record_of(position: i64) -> Record {
-    Record {
-        shard: Shard(0),
-        position: Position(position),
-        key_seq: None,
-        attempts: 0,
-        message: crate::message::Message::builder("t").key("k").build().unwrap(),
-        defect: None,
-    }
 }
 
 /// The relay's decisions. See the module's documentation.

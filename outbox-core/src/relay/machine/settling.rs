@@ -229,7 +229,8 @@ mod tests {
     use crate::hold::{Hold, HoldState};
     use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::{Event, Setup, record_of};
+    use crate::relay::machine::stand::record_of;
+    use crate::relay::machine::{Event, Setup};
     use crate::shard::{OwnedShard, Position};
     use crate::sink::Outcome;
 
