@@ -504,8 +504,9 @@ mod tests {
         assert!(!stand.machine.owns(Shard(0)));
         stand.held = vec![owned(0, 2)];
         stand.tell(Event::Released { result: Ok(()) });
-        assert_eq!(renewal(&mut stand), stand.now, "at once");
-        stand.lease(stand.now);
+        let now = stand.now;
+        assert_eq!(renewal(&mut stand), now, "at once");
+        stand.lease(now);
         assert!(stand.machine.leasing.owns(Shard(0), Epoch(2)));
     }
 
