@@ -361,10 +361,12 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::Setup;
-    use crate::shard::Epoch;
+    use crate::relay::machine::stand::{
+        SECOND, Stand, failure, keyless, ms, owned, parking, published, record_of,
+    };
+    use crate::relay::machine::{Event, Setup};
+    use crate::sink::Outcome;
 
     #[test]
     fn reads_pause_when_they_left_nothing_and_longer_when_they_found_nothing() {
@@ -388,7 +390,7 @@ mod tests {
         assert_eq!(pause(1_000, false), 10, "very many come");
         assert_eq!(pause(0, true), 0, "what there is was dropped, and there is more");
 
-        own_the_shard(&mut machine);
+        let mut machine = Stand::new(machine.setup.config).machine;
         let mut due = |took, woken| {
             machine.pace(1, false, Duration::from_millis(took), Duration::ZERO);
             machine.fetching.woken = woken;
@@ -410,32 +412,387 @@ mod tests {
         );
     }
 
-    /// Answers until the first read has found nothing.
-    fn own_the_shard(machine: &mut Machine) {
-        let now = Duration::ZERO;
-        while machine.fetching.count == 0 || machine.fetching.asked.is_some() {
-            match machine.poll(now).expect("it has not read yet") {
-                Command::Lease { .. } => {
-                    let leases = Leases {
-                        held: vec![OwnedShard {
-                            shard: Shard(0),
-                            epoch: Epoch(1),
-                        }],
-                        relays: 1,
-                        time_left: Duration::from_secs(10),
-                    };
-                    machine.leased(now, Ok(leases), now);
-                }
-                Command::LoadHolds { .. } => machine.holds_loaded(Ok(Vec::new()), now),
-                Command::Fetch { .. } => {
-                    let batch = Fetched::Batch {
-                        records: Vec::new(),
-                        more: false,
-                    };
-                    machine.fetched(Ok(batch), now);
-                }
-                other => panic!("{other:?}"),
+    fn request(command: &Command) -> Option<Arc<FetchRequest>> {
+        match command {
+            Command::Fetch { request } => Some(request.clone()),
+            _ => None,
+        }
+    }
+
+    fn promotes(command: &Command) -> Option<()> {
+        matches!(command, Command::Promote { .. }).then_some(())
+    }
+
+    fn take(stand: &mut Stand, positions: std::ops::RangeInclusive<i64>) {
+        for position in positions {
+            stand.machine.take(keyless("t", position));
+        }
+    }
+
+    #[test]
+    fn a_window_is_read_into_when_there_is_room_for_a_batch_or_for_half_of_it() {
+        for (batch_rows, window_rows, reads_at, not_at) in [(4, 10, 6, 7), (6, 6, 3, 4), (1, 1, 0, 1)] {
+            let reads = |rows: i64| {
+                let mut stand = Stand::new(RelayConfig {
+                    batch_rows,
+                    window_rows,
+                    ..RelayConfig::default()
+                });
+                take(&mut stand, 1..=rows);
+                stand.machine.fetch_due().is_some()
+            };
+            assert!(
+                reads(reads_at),
+                "{batch_rows} of {window_rows}, {reads_at} in flight"
+            );
+            assert!(
+                !reads(not_at),
+                "{batch_rows} of {window_rows}, {not_at} in flight"
+            );
+        }
+    }
+
+    #[test]
+    fn a_read_asks_for_no_more_than_there_is_room_for() {
+        let mut stand = Stand::new(RelayConfig {
+            batch_rows: 6,
+            window_rows: 8,
+            ..RelayConfig::default()
+        });
+        stand.outcome = None;
+        take(&mut stand, 1..=3);
+        let asked = stand.until(request);
+        assert_eq!((asked.max_rows, asked.in_flight.len()), (5, 3));
+        stand.fetched(Vec::new());
+        stand.machine.drop_flight(Shard(0), Position(1));
+        stand.machine.drop_flight(Shard(0), Position(2));
+        assert_eq!(stand.until(request).max_rows, 6, "nor for more than a batch");
+    }
+
+    #[test]
+    fn nothing_is_read_while_the_window_is_full_of_bytes() {
+        let size = keyless("t", 1).message.size();
+        for (window_bytes, reads) in [(size * 2 + 1, true), (size * 2, false), (size, false)] {
+            let mut stand = Stand::new(RelayConfig {
+                window_bytes,
+                ..RelayConfig::default()
+            });
+            take(&mut stand, 1..=2);
+            assert_eq!(stand.machine.fetch_due().is_some(), reads);
+            stand.machine.resolve(Shard(0), Position(1));
+            assert_eq!(
+                stand.machine.bytes, size,
+                "what is delivered weighs nothing any more"
+            );
+        }
+    }
+
+    #[test]
+    fn one_read_is_out_at_a_time_and_none_by_a_relay_that_stops_or_owns_nothing() {
+        let mut stand = Stand::new(RelayConfig::default());
+        assert!(stand.machine.fetch_due().is_some());
+        stand.until(request);
+        assert_eq!(stand.machine.fetch_due(), None);
+        stand.fetched(Vec::new());
+        stand.machine.lose(Shard(0), "taken");
+        assert_eq!(stand.machine.fetch_due(), None);
+        let mut stand = Stand::new(RelayConfig::default());
+        stand.tell(Event::Shutdown);
+        assert_eq!(stand.machine.fetch_due(), None);
+    }
+
+    #[test]
+    fn a_read_that_fails_is_repeated_after_the_pause_that_is_told_whatever_wakes_it() {
+        let mut stand = Stand::new(RelayConfig::default());
+        stand.until(request);
+        stand.tell(Event::Fetched {
+            result: Err(failure()),
+        });
+        let told = stand.notes().into_iter().find_map(|note| match note {
+            Note::StoreFailed {
+                operation: "fetch",
+                pause,
+                ..
+            } => Some(pause),
+            _ => None,
+        });
+        stand.tell(Event::Wake);
+        assert_eq!(stand.machine.fetch_due(), Some(stand.now + told.unwrap()));
+    }
+
+    #[test]
+    fn a_store_that_is_another_one_voids_all_and_is_leased_anew_at_once() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let row = record_of(1);
+        stand.sent(vec![row.clone()]);
+        stand.until(request);
+        let reason = "another server".to_owned();
+        stand.tell(Event::Fetched {
+            result: Ok(Fetched::Reset { reason }),
+        });
+        assert!(!stand.machine.owns(Shard(0)) && !stand.flies(&row));
+        let notes = stand.notes();
+        assert!(notes.iter().any(|note| matches!(note, Note::Reset { .. })));
+        let lost = |note: &Note| matches!(note, Note::ShardLost { why: "reset", .. });
+        assert!(notes.iter().any(lost));
+        let commands = stand.wanted();
+        let purges = |command: &Command| matches!(command, Command::Purge);
+        assert!(commands.iter().any(purges), "{commands:?}");
+        let leases = |command: &Command| matches!(command, Command::Lease { .. });
+        assert!(commands.iter().any(leases), "{commands:?}");
+    }
+
+    #[test]
+    fn a_relay_has_found_nothing_when_a_whole_answer_was_empty() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let mut found_nothing = |records: Vec<Record>, more| {
+            stand.until(request);
+            assert!(!stand.machine.fetching.found_nothing(), "it asks");
+            stand.tell(Event::Fetched {
+                result: Ok(Fetched::Batch { records, more }),
+            });
+            stand.machine.fetching.found_nothing()
+        };
+        assert!(found_nothing(Vec::new(), false));
+        assert!(!found_nothing(Vec::new(), true), "there is more");
+        assert!(!found_nothing(vec![record_of(1)], false), "there was one");
+        assert!(!found_nothing(vec![record_of(2)], true));
+        assert!(found_nothing(Vec::new(), false));
+    }
+
+    #[test]
+    fn an_answer_from_before_the_sink_was_purged_is_asked_for_again() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let row = record_of(1);
+        let batch = stand.sent(vec![keyless("t", 9)]);
+        stand.until(request);
+        stand.outcomes(batch, vec![Outcome::Outage("away".into())]);
+        stand.run();
+        stand.run();
+        assert!(stand.machine.publishing.is_open(), "it is open again by now");
+        stand.fetched(Vec::new());
+        assert!(
+            !stand.machine.fetching.found_nothing(),
+            "an old answer says nothing"
+        );
+        stand.until(request);
+        stand.machine.publishing.generation += 1;
+        stand.fetched(vec![row.clone()]);
+        assert!(!stand.flies(&row));
+        let asked = stand.until(request);
+        let reread = Reread {
+            shard: Shard(0),
+            scope: RereadScope::Shard,
+            from: row.position,
+        };
+        assert_eq!(asked.reread, [reread]);
+    }
+
+    #[test]
+    fn of_an_answer_only_what_is_still_owned_under_the_same_epoch_is_taken() {
+        let setup = Setup {
+            shards: 3,
+            ..Setup::of_one_shard(RelayConfig::default())
+        };
+        let mut stand = Stand::of(setup);
+        let rows = [0, 1, 2].map(|shard| Record {
+            shard: Shard(shard),
+            ..keyless("t", 1)
+        });
+        stand.until(request);
+        stand.machine.lose(Shard(0), "taken");
+        stand.machine.lose(Shard(1), "taken");
+        stand.held[1] = owned(1, 2);
+        stand.held.remove(0);
+        stand.lease(stand.now);
+        stand.fetched(rows.to_vec());
+        assert_eq!(rows.map(|row| stand.flies(&row)), [false, false, true]);
+    }
+
+    #[test]
+    fn a_hold_that_cannot_be_released_yet_is_looked_at_again_with_the_next_idle_read() {
+        let mut stand = Stand::new(RelayConfig::default());
+        stand.machine.fetching.idle = Duration::ZERO;
+        assert_eq!(stand.machine.look_again(SECOND), SECOND + ms(1));
+        stand.machine.fetching.idle = ms(7);
+        assert_eq!(stand.machine.look_again(SECOND), SECOND + ms(7));
+    }
+
+    #[test]
+    fn of_a_key_that_goes_one_by_one_so_many_wait_and_the_rest_is_read_later() {
+        let setup = Setup {
+            stops_key_at_failure: false,
+            ..Setup::of_one_shard(parking())
+        };
+        let mut stand = Stand::of(setup);
+        let waiting = i64::try_from(SERIAL_WAITING).unwrap();
+        stand.rows = (1..=waiting + 5).map(record_of).collect();
+        stand.rows.push(keyless("t", 99));
+        stand.outcome = None;
+        let commands = stand.pass(SECOND);
+        assert_eq!(published(&commands), [1, 99], "one of the key, and what has none");
+        assert_eq!(stand.machine.flights.len(), SERIAL_WAITING + 2);
+        assert!(!stand.machine.is_idle());
+
+        let key = record_of(1).message.order_key().unwrap();
+        assert_eq!(
+            stand.machine.holds.overflows[&(Shard(0), key.clone())],
+            Position(waiting + 2)
+        );
+        stand.outcome = Some(Outcome::Delivered);
+        let sent = commands.iter().find_map(|command| match command {
+            Command::Publish { batch, records } => Some((*batch, records.len())),
+            _ => None,
+        });
+        let (batch, records) = sent.unwrap();
+        stand.outcomes(batch, vec![Outcome::Delivered; records]);
+        stand.settles = false;
+        let mut reread = Vec::new();
+        let mut order = Vec::new();
+        for command in stand.pass(SECOND) {
+            order.extend(published(std::slice::from_ref(&command)));
+            if let Command::Fetch { request } = command {
+                reread.extend(request.reread.clone());
             }
         }
+        assert_eq!(order[..32], (2..=waiting + 1).collect::<Vec<i64>>()[..]);
+        assert_eq!(reread.len(), 1, "the rest of the key: {reread:?}");
+        assert_eq!(reread[0].from, Position(waiting + 2));
+        assert_eq!(reread[0].scope, RereadScope::Key(key));
+        assert_eq!(order.len(), stand.rows.len() - 2, "{order:?}");
+    }
+
+    fn scheduled() -> Stand {
+        Stand::of(Setup {
+            scheduled: true,
+            ..Setup::of_one_shard(RelayConfig::default())
+        })
+    }
+
+    fn promoted(stand: &mut Stand, promotion: Promotion) -> Duration {
+        stand.until(promotes);
+        assert_eq!(stand.machine.promote_due(), None, "one at a time");
+        assert!(stand.machine.poll_promote(stand.now).is_none());
+        stand.tell(Event::Promoted {
+            result: Ok(promotion),
+        });
+        stand.machine.promote_due().unwrap().saturating_sub(stand.now)
+    }
+
+    #[test]
+    fn scheduled_messages_are_promoted_when_the_next_is_due_and_every_second_at_least() {
+        let mut stand = scheduled();
+        let mut pause = |promoted_rows, next_in| {
+            promoted(
+                &mut stand,
+                Promotion {
+                    promoted: promoted_rows,
+                    next_in,
+                    lost: Vec::new(),
+                },
+            )
+        };
+        assert_eq!(pause(0, None), SECOND);
+        assert_eq!(pause(0, Some(ms(300))), ms(300));
+        assert_eq!(pause(0, Some(SECOND * 9)), SECOND);
+        assert_eq!(
+            pause(0, Some(Duration::ZERO)),
+            ms(1),
+            "what is due waits for its producers"
+        );
+        assert_eq!(
+            pause(5, Some(Duration::ZERO)),
+            Duration::ZERO,
+            "there may be more"
+        );
+        assert_eq!(pause(5, None), SECOND);
+    }
+
+    #[test]
+    fn what_was_promoted_is_read_at_once() {
+        let mut stand = scheduled();
+        stand.pass(SECOND * 3);
+        stand.machine.fetching.next = stand.now + SECOND;
+        stand.machine.fetching.rest = stand.now;
+        stand.machine.fetching.promote_next = stand.now;
+        promoted(&mut stand, Promotion::default());
+        assert!(stand.machine.fetch_due() > Some(stand.now), "nothing was");
+        stand.machine.fetching.promote_next = stand.now;
+        promoted(
+            &mut stand,
+            Promotion {
+                promoted: 1,
+                ..Promotion::default()
+            },
+        );
+        assert_eq!(stand.machine.fetch_due(), Some(stand.now));
+    }
+
+    #[test]
+    fn a_promotion_that_fails_is_told_and_repeated_after_a_second_and_a_pause() {
+        let mut stand = scheduled();
+        stand.until(promotes);
+        stand.tell(Event::Promoted {
+            result: Err(failure()),
+        });
+        let told = stand.notes().into_iter().find_map(|note| match note {
+            Note::StoreFailed { pause, .. } => Some(pause),
+            _ => None,
+        });
+        let pause = told.unwrap();
+        assert!(pause > SECOND && pause <= SECOND + ms(100), "{pause:?}");
+        assert_eq!(stand.machine.promote_due(), Some(stand.now + pause));
+    }
+
+    #[test]
+    fn a_promotion_that_is_refused_takes_away_only_what_it_was_asked_for() {
+        let mut stand = Stand::of(Setup {
+            scheduled: true,
+            shards: 3,
+            ..Setup::of_one_shard(RelayConfig::default())
+        });
+        stand.until(promotes);
+        stand.machine.lose(Shard(1), "taken");
+        stand.held[1] = owned(1, 2);
+        stand.lease(stand.now);
+        stand.notes();
+        stand.tell(Event::Promoted {
+            result: Ok(Promotion {
+                lost: vec![Shard(0), Shard(1)],
+                ..Promotion::default()
+            }),
+        });
+        let owns = [0, 1, 2].map(|shard| stand.machine.owns(Shard(shard)));
+        assert_eq!(owns, [false, true, true], "the second is ours anew");
+        let fenced = |note: &&Note| matches!(note, Note::Fenced(_));
+        assert_eq!(stand.notes().iter().filter(fenced).count(), 2);
+    }
+
+    #[test]
+    fn nothing_is_promoted_where_nothing_can_be_or_by_a_relay_that_stops_or_owns_nothing() {
+        let mut without = Stand::new(RelayConfig::default());
+        assert_eq!(without.machine.promote_due(), None);
+        assert!(
+            without
+                .pass(SECOND * 3)
+                .iter()
+                .all(|command| promotes(command).is_none())
+        );
+
+        let mut stand = scheduled();
+        assert!(stand.machine.promote_due().is_some());
+        stand.machine.lose(Shard(0), "taken");
+        assert_eq!(stand.machine.promote_due(), None);
+        let mut stand = scheduled();
+        stand.settles = false;
+        stand.machine.settle_delivered(Shard(0), record_of(1).reference());
+        stand.tell(Event::Shutdown);
+        assert_eq!(stand.machine.promote_due(), None);
+        assert!(
+            stand
+                .pass(SECOND * 3)
+                .iter()
+                .all(|command| promotes(command).is_none())
+        );
     }
 }

@@ -527,9 +527,7 @@ impl Machine {
         match result {
             Ok(()) => {
                 self.publishing.line = Line::Open;
-                if self.publishing.failures > 0 {
-                    self.note(Note::SinkUp);
-                }
+                self.note(Note::SinkUp);
             }
             Err(error) => self.sink_failed(&error.into(), false, now),
         }
@@ -552,4 +550,369 @@ impl Machine {
 /// A record for people: nothing of its key or payload, which are the users'.
 fn describe((shard, position): (Shard, Position), topic: &str) -> String {
     format!("{topic} (shard {shard}, position {position})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relay::Backoff;
+    use crate::relay::config::RelayConfig;
+    use crate::relay::machine::stand::{
+        SECOND, Stand, failure, keyed, keyless, ms, parking, published, record_of,
+    };
+    use crate::relay::machine::{Event, Setup};
+
+    fn outage() -> Outcome {
+        Outcome::Outage("away".into())
+    }
+
+    fn broken() -> Outcome {
+        Outcome::Broken("fatal".into())
+    }
+
+    fn limited(rate: u32) -> RelayConfig {
+        RelayConfig {
+            rate_limit: Some(rate),
+            ..RelayConfig::default()
+        }
+    }
+
+    /// The pauses that were told with the failures of the sink.
+    fn down(stand: &mut Stand) -> Vec<Duration> {
+        let notes = stand.notes().into_iter();
+        notes
+            .filter_map(|note| match note {
+                Note::SinkDown { pause, .. } => Some(pause),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn is_probe(command: &Command) -> Option<()> {
+        matches!(command, Command::Probe).then_some(())
+    }
+
+    #[test]
+    fn a_bucket_fills_with_time_and_holds_a_tenth_of_a_second_or_one() {
+        let bucket = |per_second, tokens| Rate {
+            per_second,
+            tokens,
+            at: SECOND,
+        };
+        let mut rate = bucket(100.0, 1.0);
+        rate.refill(SECOND + ms(35));
+        assert_eq!(rate.whole(), 4);
+        rate.refill(SECOND + ms(55));
+        assert_eq!(rate.whole(), 6, "counted from the last time");
+        rate.refill(SECOND * 9);
+        assert_eq!(rate.whole(), 10);
+        let mut slow = bucket(2.0, 0.0);
+        slow.refill(SECOND * 9);
+        assert_eq!(slow.whole(), 1);
+
+        assert_eq!(bucket(100.0, 0.0).due(SECOND), SECOND + ms(10));
+        assert_eq!(bucket(100.0, 0.5).due(SECOND), SECOND + ms(5));
+        assert_eq!(bucket(100.0, 1.0).due(SECOND), SECOND + ms(1));
+        assert_eq!(bucket(0.5, 0.0).due(SECOND), SECOND * 3);
+    }
+
+    #[test]
+    fn a_limited_relay_says_when_the_next_may_go_while_anything_could() {
+        let mut stand = Stand::new(limited(50));
+        stand.pass(SECOND);
+        assert_eq!(stand.machine.publish_due(stand.now), None, "there is nothing");
+        stand.outcome = None;
+        stand.rows = (1..=9).map(|at| keyless("t", at)).collect();
+        let first = stand.until(|command| match command {
+            Command::Publish { batch, records } => Some((*batch, records.len())),
+            _ => None,
+        });
+        assert_eq!(first.1, 5, "a tenth of a second's worth");
+        assert_eq!(
+            stand.machine.publish_due(stand.now),
+            None,
+            "one hand-over after the other"
+        );
+        stand.tell(Event::Accepted { batch: first.0 });
+        assert!(published(&stand.run()).is_empty(), "they are used up");
+        assert_eq!(stand.machine.publish_due(stand.now), Some(stand.now + ms(20)));
+        assert_eq!(published(&stand.pass(ms(200))), [6, 7, 8, 9], "one by one");
+        assert_eq!(stand.machine.publish_due(stand.now), None);
+    }
+
+    #[test]
+    fn outcomes_are_counted_by_topic_and_class() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let topics = ["a", "a", "b", "a", "b", "b", "b"];
+        let records = topics
+            .iter()
+            .zip(1..)
+            .map(|(topic, at)| keyless(topic, at))
+            .collect();
+        let batch = stand.sent(records);
+        let retry = || Outcome::Retry("later".into());
+        let delivered = || Outcome::Delivered;
+        let outcomes = vec![
+            delivered(),
+            delivered(),
+            delivered(),
+            delivered(),
+            retry(),
+            delivered(),
+            delivered(),
+        ];
+        stand.outcomes(batch, outcomes);
+        let counts: Vec<(String, &str, u64)> = stand
+            .notes()
+            .into_iter()
+            .filter_map(|note| match note {
+                Note::Outcome { topic, class, count } => Some((topic.to_string(), class, count)),
+                _ => None,
+            })
+            .collect();
+        let expected = [("a", "delivered", 3), ("b", "delivered", 3), ("b", "retry", 1)];
+        assert_eq!(
+            counts,
+            expected.map(|(topic, class, count)| (topic.to_owned(), class, count))
+        );
+    }
+
+    #[test]
+    fn outcomes_that_are_too_few_or_too_many_tell_nothing_and_are_told() {
+        for count in [1, 3] {
+            let mut stand = Stand::new(RelayConfig::default());
+            let records = vec![record_of(1), record_of(2)];
+            let batch = stand.sent(records.clone());
+            stand.outcomes(batch, vec![Outcome::Delivered; count]);
+            let broke = |note: &Note| matches!(note, Note::ContractBroken { who: "sink", .. });
+            assert!(stand.notes().iter().any(broke));
+            assert!(stand.machine.is_empty(), "nothing is settled of it");
+            stand.rows = records;
+            assert_eq!(published(&stand.pass(SECOND)), [1, 2], "and it goes again");
+        }
+    }
+
+    #[test]
+    fn what_is_heard_of_a_hand_over_before_a_shard_was_lost_says_nothing_of_the_next_one() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let old = stand.sent(vec![record_of(1)]);
+        stand.machine.lose(Shard(0), "taken");
+        stand.held = vec![crate::relay::machine::stand::owned(0, 2)];
+        stand.machine.leasing_now(stand.now);
+        assert!(matches!(
+            stand.machine.poll(stand.now),
+            Some(Command::Lease { .. })
+        ));
+        stand.lease(stand.now);
+        stand.outcomes(old, vec![outage()]);
+        assert!(down(&mut stand).is_empty());
+        let new = stand.sent(vec![record_of(1)]);
+        stand.outcomes(old, vec![Outcome::Delivered]);
+        assert!(stand.machine.settling.is_empty());
+        stand.outcomes(new, vec![Outcome::Delivered]);
+        assert!(!stand.machine.settling.is_empty());
+    }
+
+    #[test]
+    fn a_sink_in_doubt_is_probed_at_once_and_then_with_growing_pauses_until_it_answers() {
+        let outage_retry = Backoff {
+            initial: ms(100),
+            max: SECOND * 3600,
+        };
+        let mut stand = Stand::new(RelayConfig {
+            outage_retry,
+            ..RelayConfig::default()
+        });
+        let batch = stand.sent(vec![record_of(1)]);
+        let now = stand.now;
+        stand.outcomes(batch, vec![outage()]);
+        stand.until(is_probe);
+        assert_eq!(stand.now, now, "at once");
+        assert_eq!(down(&mut stand), [ms(100)]);
+        let mut pauses = Vec::new();
+        for failures in 1..10 {
+            stand.tell(Event::Probed {
+                result: Err(failure()),
+            });
+            let [pause] = down(&mut stand)[..] else { panic!() };
+            assert!(pause <= outage_retry.ceiling(failures), "{failures}: {pause:?}");
+            assert_eq!(stand.machine.sink_due(), Some(stand.now + pause));
+            pauses.push(pause);
+            let due = stand.now + pause;
+            stand.until(is_probe);
+            assert!((due..due + ms(2)).contains(&stand.now));
+        }
+        assert!(
+            pauses.iter().max() > Some(&outage_retry.ceiling(7)),
+            "they do grow: {pauses:?}"
+        );
+        stand.tell(Event::Probed { result: Ok(()) });
+        assert!(stand.notes().iter().any(|note| matches!(note, Note::SinkUp)));
+    }
+
+    #[test]
+    fn a_sink_that_answers_and_delivers_nothing_is_probed_ever_later_and_a_delivery_forgives() {
+        let outage_retry = Backoff {
+            initial: SECOND,
+            max: SECOND * 3600,
+        };
+        let mut stand = Stand::new(RelayConfig {
+            outage_retry,
+            ..RelayConfig::default()
+        });
+        let mut fail = |first: Outcome| {
+            let batch = stand.sent(vec![keyless("t", 1), keyless("t", 2)]);
+            stand.outcomes(batch, vec![first, outage()]);
+            let told = down(&mut stand);
+            let now = stand.now;
+            stand.until(is_probe);
+            stand.tell(Event::Probed { result: Ok(()) });
+            (told, stand.now - now)
+        };
+        assert_eq!(fail(outage()), (vec![SECOND], Duration::ZERO));
+        for ceiling in [1, 2, 4, 8] {
+            let (told, waited) = fail(outage());
+            assert_eq!(told, [SECOND * ceiling * 2]);
+            assert!(
+                waited > Duration::ZERO && waited <= SECOND * ceiling + ms(2),
+                "{waited:?}"
+            );
+        }
+        assert_eq!(fail(Outcome::Delivered), (vec![SECOND], Duration::ZERO));
+    }
+
+    #[test]
+    fn a_delivery_that_is_heard_of_while_the_sink_is_in_doubt_forgives_nothing() {
+        let mut stand = Stand::new(RelayConfig::default());
+        for told in [ms(100), ms(200), ms(400)] {
+            let batch = stand.sent(vec![keyless("t", 1), keyless("t", 2)]);
+            stand.outcomes(batch, vec![outage(), Outcome::Delivered]);
+            assert_eq!(down(&mut stand), [told]);
+        }
+    }
+
+    #[test]
+    fn a_sink_is_rebuilt_when_anything_found_it_broken() {
+        for outcomes in [
+            vec![broken(), outage()],
+            vec![outage(), broken()],
+            vec![broken(), broken()],
+        ] {
+            let mut stand = Stand::new(RelayConfig::default());
+            let batch = stand.sent(vec![keyless("t", 1), keyless("t", 2)]);
+            stand.outcomes(batch, outcomes);
+            let rebuilds = |command: &Command| match command {
+                Command::Rebuild => Some(true),
+                Command::Probe => Some(false),
+                _ => None,
+            };
+            assert!(stand.until(rebuilds));
+            stand.tell(Event::Rebuilt {
+                result: Err(failure()),
+            });
+            assert!(stand.until(rebuilds), "again, when that failed");
+            stand.tell(Event::Rebuilt { result: Ok(()) });
+            assert!(!stand.until(rebuilds), "and then it is probed");
+        }
+    }
+
+    #[test]
+    fn a_relay_that_stops_looks_at_its_sink_no_more() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let (slow, batch) = (
+            stand.sent(vec![keyless("t", 1)]),
+            stand.sent(vec![keyless("t", 2)]),
+        );
+        stand.outcomes(batch, vec![outage()]);
+        stand.outcomes(slow, vec![outage()]);
+        stand.until(is_probe);
+        stand.tell(Event::Probed {
+            result: Err(failure()),
+        });
+        assert!(stand.machine.sink_due().is_some());
+        stand.settles = false;
+        stand
+            .machine
+            .settle_delivered(Shard(0), keyless("t", 3).reference());
+        stand.tell(Event::Shutdown);
+        assert_eq!(stand.machine.sink_due(), None);
+        let commands = stand.pass(SECOND * 30);
+        assert!(!commands.iter().any(|command| is_probe(command).is_some()));
+    }
+
+    #[test]
+    fn a_record_that_failed_waits_for_the_pause_that_is_told_and_written() {
+        let mut stand = Stand::new(RelayConfig::default());
+        let record = keyed("t", "k", 7);
+        let batch = stand.sent(vec![record.clone()]);
+        stand.settles = false;
+        stand.outcomes(batch, vec![Outcome::Retry("later".into())]);
+        let told = stand.notes().into_iter().find_map(|note| match note {
+            Note::Retrying { what, pause, .. } => Some((what, pause)),
+            _ => None,
+        });
+        let (what, pause) = told.unwrap();
+        assert_eq!(what, "t (shard 0, position 7)");
+        assert_eq!(stand.machine.holds.due(), Some(stand.now + pause));
+        let written = stand.until(|command| match command {
+            Command::Settle { settlement } => Some(settlement.shards[0].holds.clone()),
+            _ => None,
+        });
+        let crate::hold::HoldChange::Put(hold) = &written[0] else {
+            panic!("{written:?}")
+        };
+        assert_eq!(hold.state, crate::hold::HoldState::Retrying { due_in: pause });
+    }
+
+    #[test]
+    fn the_last_attempt_gives_up_and_no_earlier_one_does() {
+        let mut stand = Stand::new(RelayConfig {
+            max_attempts: 2,
+            ..parking()
+        });
+        stand.rows = vec![record_of(1)];
+        stand.outcome = Some(Outcome::Retry("later".into()));
+        stand.pass(SECOND * 60);
+        let told: Vec<(bool, u32)> = stand
+            .notes()
+            .into_iter()
+            .filter_map(|note| match note {
+                Note::Retrying { attempts, .. } => Some((false, attempts)),
+                Note::Parked { attempts, .. } => Some((true, attempts)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(told, [(false, 1), (true, 2)]);
+    }
+
+    #[test]
+    fn a_topic_that_closes_drops_what_waits_behind_another_of_its_key_and_lets_the_rest_go_on() {
+        // One by one: the sink would deliver what follows a failed one.
+        let setup = Setup {
+            stops_key_at_failure: false,
+            ..Setup::of_one_shard(parking())
+        };
+        let mut stand = Stand::of(setup);
+        stand.outcome = None;
+        stand.reads.push_back(vec![
+            keyed("t", "k", 1),
+            keyed("t", "k", 2),
+            keyed("u", "k", 3),
+            keyed("u", "k", 4),
+        ]);
+        let sent = stand.sent(Vec::new().into_iter().collect());
+        assert_eq!(stand.machine.flights.len(), 4);
+        stand.machine.close_topic(&Arc::from("t"));
+        assert_eq!(
+            stand.machine.flights.len(),
+            3,
+            "the second of the first key had not left"
+        );
+        stand.outcomes(sent, vec![Outcome::Delivered; 2]);
+        assert_eq!(
+            published(&stand.run()),
+            [4],
+            "the other topic's key goes on, and that one does not"
+        );
+    }
 }

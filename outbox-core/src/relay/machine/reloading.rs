@@ -591,6 +591,7 @@ mod tests {
             let mut topics = stand.machine.holds.topics.values();
             !topics.any(|entry| matches!(entry.state, TopicState::Crowded { .. }))
         };
+        stand.pass(ms(100));
         assert!(!uncrowded(&stand));
         stand.holds = vec![hold];
         stand.pass(SECOND * 70);

@@ -229,7 +229,7 @@ mod tests {
     use crate::hold::{Hold, HoldState};
     use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::stand::record_of;
+    use crate::relay::machine::stand::{Stand, failure, ms, record_of};
     use crate::relay::machine::{Event, Setup};
     use crate::shard::{OwnedShard, Position};
     use crate::sink::Outcome;
@@ -360,7 +360,6 @@ mod tests {
             position: Position(position),
             id: crate::MessageId::new(),
         };
-        let ms = Duration::from_millis;
 
         machine.settle_delivered(SHARD, record(1));
         assert_eq!(machine.settle_due(), Some(ms(0)), "none went before");
@@ -393,5 +392,156 @@ mod tests {
         assert_eq!(machine.settle_due(), Some(ms(30)));
         machine.handle(Event::Shutdown, ms(11));
         assert_eq!(machine.settle_due(), Some(ms(0)), "nothing comes any more");
+    }
+
+    fn reference(position: i64) -> RecordRef {
+        record_of(position).reference()
+    }
+
+    fn death(position: i64) -> Death {
+        Death {
+            record: reference(position),
+            attempts: 1,
+            reason: "poison".into(),
+        }
+    }
+
+    /// A machine of two shards.
+    fn stand(config: RelayConfig) -> Stand {
+        Stand::of(Setup {
+            shards: 2,
+            ..Setup::of_one_shard(config)
+        })
+    }
+
+    fn settlement(command: &Command) -> Option<Settlement> {
+        match command {
+            Command::Settle { settlement } => Some(Settlement::clone(settlement)),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_settlement_is_no_larger_than_allowed_and_the_rest_follows_in_order() {
+        let mut stand = stand(RelayConfig {
+            settle_rows: 3,
+            ..RelayConfig::default()
+        });
+        for at in 1..=5 {
+            stand.machine.settle_delivered(Shard(0), reference(at));
+        }
+        for at in 6..=7 {
+            stand.machine.settle_delivered(Shard(1), reference(at));
+        }
+        for parts in [&[&[1, 2, 3][..]][..], &[&[4, 5], &[6]], &[&[7]]] {
+            let settlement = stand.until(settlement);
+            let positions = |part: &ShardSettlement| -> Vec<i64> {
+                part.delivered.iter().map(|record| record.position.0).collect()
+            };
+            let found: Vec<Vec<i64>> = settlement.shards.iter().map(positions).collect();
+            assert_eq!(found, parts);
+            assert_eq!(stand.machine.settle_due(), None, "one after the other");
+            stand.settled();
+        }
+        assert!(stand.machine.settling.is_empty());
+    }
+
+    #[test]
+    fn what_goes_with_a_failure_stays_together_however_much_it_is() {
+        let mut stand = stand(RelayConfig {
+            settle_rows: 3,
+            ..RelayConfig::default()
+        });
+        for at in 1..=5 {
+            stand.machine.settle_delivered(Shard(0), reference(at));
+        }
+        stand.machine.settle_death(Shard(0), death(6));
+        stand.machine.settle_delivered(Shard(1), reference(7));
+        let first = stand.until(settlement);
+        assert_eq!(first.shards.len(), 1, "and nothing else has room");
+        assert_eq!(
+            (first.shards[0].delivered.len(), first.shards[0].dead.len()),
+            (5, 1)
+        );
+    }
+
+    #[test]
+    fn a_quarter_of_the_window_is_much_over_all_shards() {
+        let mut stand = stand(RelayConfig {
+            batch_rows: 2,
+            window_rows: 10,
+            ..RelayConfig::default()
+        });
+        stand.machine.settling.gathers_until = stand.now + ms(15);
+        stand.machine.settle_delivered(Shard(0), reference(1));
+        assert_eq!(
+            stand.machine.settle_due(),
+            Some(stand.now + ms(15)),
+            "a small one waits"
+        );
+        stand.machine.settle_delivered(Shard(1), reference(2));
+        assert_eq!(stand.machine.settle_due(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_settlement_whose_result_is_unknown_is_repeated_as_it_was_after_the_pause_that_is_told() {
+        let mut stand = stand(RelayConfig::default());
+        stand.machine.settle_delivered(Shard(0), reference(1));
+        let first = stand.until(settlement);
+        stand.machine.settle_delivered(Shard(0), reference(2));
+        stand.tell(Event::Settled {
+            result: Err(failure()),
+        });
+        let told = stand.notes().into_iter().find_map(|note| match note {
+            Note::StoreFailed {
+                operation: "settle",
+                pause,
+                ..
+            } => Some(pause),
+            _ => None,
+        });
+        let due = stand.now + told.unwrap();
+        assert_eq!(stand.machine.settle_due(), Some(due), "it does not wait for more");
+        assert_eq!(stand.until(settlement), first);
+        assert!((due..due + ms(2)).contains(&stand.now));
+    }
+
+    #[test]
+    fn what_waits_to_be_settled_goes_with_its_shard_and_what_is_on_its_way_stays_until_it_is_answered() {
+        for answered in [false, true] {
+            let mut stand = stand(RelayConfig::default());
+            stand.machine.settle_delivered(Shard(0), reference(1));
+            stand.until(settlement);
+            stand.machine.settle_delivered(Shard(0), reference(2));
+            stand.machine.settle_delivered(Shard(1), reference(3));
+            if answered {
+                stand.tell(Event::Settled {
+                    result: Err(failure()),
+                });
+            }
+            stand.machine.lose(Shard(0), "taken");
+            assert_eq!(stand.machine.settling.current.is_some(), !answered);
+            if !answered {
+                stand.settled();
+            }
+            let next = stand.until(settlement);
+            let shards: Vec<Shard> = next.shards.iter().map(|part| part.shard).collect();
+            assert_eq!(shards, [Shard(1)]);
+        }
+    }
+
+    #[test]
+    fn of_a_settlement_with_a_lost_shard_the_other_is_repeated() {
+        let mut stand = stand(RelayConfig::default());
+        stand.machine.settle_delivered(Shard(0), reference(1));
+        stand.machine.settle_delivered(Shard(1), reference(2));
+        stand.until(settlement);
+        stand.tell(Event::Settled {
+            result: Err(failure()),
+        });
+        stand.machine.lose(Shard(0), "taken");
+        let next = stand.until(settlement);
+        assert_eq!(next.shards.len(), 1);
+        assert_eq!(next.shards[0].shard, Shard(1));
     }
 }

@@ -6,12 +6,12 @@ use std::time::Duration;
 use super::{BatchId, Command, Event, Machine, Note, Setup};
 use crate::error::{Error, ErrorKind};
 use crate::fetch::{Fetched, Record, RecordRef};
-use crate::hold::{Hold, HoldScope, HoldState};
+use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::lease::{Leases, RelayId};
 use crate::message::Message;
 use crate::relay::config::{OnFailure, RelayConfig};
 use crate::scheduled::Promotion;
-use crate::settle::Settled;
+use crate::settle::{Settled, ShardSettlement};
 use crate::shard::{Epoch, OwnedShard, Position, Shard};
 use crate::sink::Outcome;
 
@@ -159,16 +159,21 @@ impl Stand {
         while let Some(command) = self.machine.poll(self.now) {
             self.answer(&command);
             all.push(command);
+            assert!(all.len() < 1_000, "it never rests: {:#?}", self.machine);
         }
         all
     }
 
     /// Answers whatever is wanted until something is that is looked for. Its answer is left to the test.
     pub(super) fn until<T>(&mut self, what: impl Fn(&Command) -> Option<T>) -> T {
+        let mut looked = false;
         for _ in 0..1_000 {
             let Some(command) = self.machine.poll(self.now) else {
                 let due = self.machine.next_due(self.now).expect("nothing is ever wanted");
-                self.now = due.max(self.now + ms(1));
+                // A step without a command may have made one possible at once.
+                let later = if looked { ms(1) } else { Duration::ZERO };
+                looked = due <= self.now;
+                self.now = due.max(self.now + later);
                 continue;
             };
             if let Some(found) = what(&command) {
@@ -258,17 +263,33 @@ impl Stand {
             Command::Rebuild => self.tell(Event::Rebuilt { result: Ok(()) }),
             Command::Probe => self.tell(Event::Probed { result: Ok(()) }),
             Command::Settle { settlement } if self.settles => {
-                for part in &settlement.shards {
-                    let dead = part.dead.iter().map(|death| death.record);
-                    let gone: Vec<RecordRef> = part.delivered.iter().copied().chain(dead).collect();
-                    self.rows.retain(|row| !gone.contains(&row.reference()));
-                }
+                settlement.shards.iter().for_each(|part| self.store(part));
                 self.settled();
             }
             Command::Settle { .. } => {}
             Command::Promote { .. } => self.tell(Event::Promoted {
                 result: Ok(Promotion::default()),
             }),
+        }
+    }
+
+    /// What a settlement leaves behind.
+    fn store(&mut self, part: &ShardSettlement) {
+        let dead = part.dead.iter().map(|death| death.record);
+        let gone: Vec<RecordRef> = part.delivered.iter().copied().chain(dead).collect();
+        self.rows.retain(|row| !gone.contains(&row.reference()));
+        for change in &part.holds {
+            let (HoldChange::Put(Hold {
+                shard, scope, head, ..
+            })
+            | HoldChange::Clear(HoldRef { shard, scope, head })) = change;
+            self.holds.retain(|hold| {
+                let of_it = hold.shard == *shard && hold.scope == *scope;
+                !of_it || *scope == HoldScope::Message && hold.head != *head
+            });
+            if let HoldChange::Put(hold) = change {
+                self.holds.push(hold.clone());
+            }
         }
     }
 
