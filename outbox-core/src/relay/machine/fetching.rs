@@ -40,6 +40,19 @@ pub(super) struct Asked {
     generation: u64,
 }
 
+#[cfg(test)]
+impl Asked {
+    /// What was asked of these shards, with so much left out.
+    pub(super) const fn of(shards: Vec<OwnedShard>, held: Arc<Held>) -> Self {
+        Self {
+            at: Duration::ZERO,
+            shards,
+            held,
+            generation: 0,
+        }
+    }
+}
+
 /// How long scheduled messages may be late because nobody looked.
 const PROMOTE_EVERY: Duration = Duration::from_secs(1);
 

@@ -532,10 +532,12 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fetch::Fetched;
+    use crate::fetch::{FetchRequest, Fetched, Record};
     use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::stand::record_of;
+    use crate::relay::machine::stand::{
+        SECOND, Stand, hold_of, keyed, keyless, ms, owned, parking, published, record_of,
+    };
     use crate::relay::machine::{Command, Event, Setup};
     use crate::settle::Settled;
     use crate::shard::{Epoch, OwnedShard};
@@ -611,5 +613,329 @@ mod tests {
             matches!(&changes[..], [HoldChange::Clear(cleared)] if cleared.scope == hold.scope),
             "{changes:?}"
         );
+    }
+
+    fn retrying(record: &Record, due_in: Duration) -> Hold {
+        hold_of(record, HoldState::Retrying { due_in })
+    }
+
+    /// A machine that took these notes over, and its first read, which is out.
+    fn tries(setup: Setup, holds: Vec<Hold>) -> (Stand, Arc<FetchRequest>) {
+        let mut stand = Stand::apart(setup);
+        stand.holds = holds;
+        let asked = request(&mut stand);
+        (stand, asked)
+    }
+
+    fn one_shard() -> Setup {
+        Setup::of_one_shard(RelayConfig::default())
+    }
+
+    fn request(stand: &mut Stand) -> Arc<FetchRequest> {
+        stand.until(|command| match command {
+            Command::Fetch { request } => Some(request.clone()),
+            _ => None,
+        })
+    }
+
+    /// The changes of holds in the next settlement.
+    fn changes(stand: &mut Stand) -> Vec<HoldChange> {
+        stand.until(|command| match command {
+            Command::Settle { settlement } => Some(settlement.shards[0].holds.clone()),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn the_next_of_what_waits_is_the_first_key_or_topic_and_nothing_that_is_parked_or_crowded() {
+        let mut holds = Holds::default();
+        assert_eq!(holds.due(), None);
+        let topic = |state| TopicEntry {
+            attempts: 1,
+            state,
+            written: BTreeMap::new(),
+        };
+        holds
+            .topics
+            .insert("c".into(), topic(TopicState::Crowded { due: SECOND }));
+        let (parked, waits) = (keyed("t", "p", 1), keyed("t", "w", 2));
+        let scope = |record: &Record| Scope::Key(record.message.order_key().unwrap());
+        holds.wait(Shard(0), scope(&parked), parked.reference(), 1, State::Parked);
+        assert_eq!(holds.due(), None);
+        assert!(!holds.any_waiting(), "an operator is to see to that");
+        let due = SECOND * 9;
+        holds.wait(
+            Shard(0),
+            scope(&waits),
+            waits.reference(),
+            1,
+            State::Waiting { due },
+        );
+        assert_eq!(holds.due(), Some(due));
+        assert!(holds.any_waiting());
+        holds
+            .topics
+            .insert("t".into(), topic(TopicState::Waiting { due: SECOND * 5 }));
+        assert_eq!(holds.due(), Some(SECOND * 5));
+        holds.remove(Shard(0), &scope(&waits));
+        assert!(
+            !holds.any_waiting(),
+            "a blocked topic is left to those who see to it"
+        );
+        let probing = TopicState::Probing {
+            fetch: 1,
+            probe: None,
+        };
+        holds.topics.insert("t".into(), topic(probing));
+        assert_eq!(holds.due(), None);
+        assert!(holds.any_waiting());
+    }
+
+    #[test]
+    fn what_was_released_and_asked_for_and_is_not_there_is_over_and_its_note_is_cleared() {
+        for gone in [keyed("t", "k", 1), keyless("t", 1)] {
+            let (mut stand, _) = tries(one_shard(), vec![retrying(&gone, Duration::ZERO)]);
+            assert_eq!(stand.machine.holds.entries.len(), 1);
+            stand.fetched(vec![keyless("t", 9)]);
+            assert_eq!(stand.machine.holds.entries.len(), 1, "there may be more");
+            stand.outcome = None;
+            request(&mut stand);
+            stand.fetched(Vec::new());
+            assert!(stand.machine.holds.entries.is_empty());
+            let clear = HoldChange::Clear(retrying(&gone, SECOND).reference());
+            assert_eq!(changes(&mut stand), [clear]);
+        }
+    }
+
+    #[test]
+    fn what_waits_or_is_in_flight_or_was_not_asked_for_is_not_over() {
+        let setup = Setup {
+            shards: 2,
+            ..one_shard()
+        };
+        let (tried, waits, parked) = (keyed("t", "k", 1), keyed("t", "l", 2), keyless("t", 3));
+        let (mut stand, _) = tries(
+            setup,
+            vec![
+                retrying(&tried, Duration::ZERO),
+                retrying(&waits, SECOND * 60),
+                hold_of(&parked, HoldState::Parked),
+            ],
+        );
+        stand.outcome = None;
+        stand.fetched(vec![tried]);
+        stand.pass(SECOND);
+        assert_eq!(stand.machine.holds.entries.len(), 3);
+
+        let (mut stand, _) = tries(one_shard(), vec![retrying(&waits, Duration::ZERO)]);
+        let asked = Asked::of(Vec::new(), stand.machine.holds.held());
+        stand.machine.drop_vanished_holds(&asked);
+        assert_eq!(
+            stand.machine.holds.entries.len(),
+            1,
+            "of its shard nothing was asked for"
+        );
+        let asked = Asked::of(vec![owned(0, 1)], stand.machine.holds.held());
+        stand.machine.drop_vanished_holds(&asked);
+        assert!(stand.machine.holds.entries.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_come_because_its_topic_is_held_is_not_over() {
+        let held = |topics: &[&str]| {
+            let topics = topics.iter().map(|topic| Arc::from(*topic)).collect();
+            Arc::new(Held {
+                topics,
+                ..Held::default()
+            })
+        };
+        let key = keyed("t", "k", 1);
+        // The topic of a keyless message is not known from its note.
+        for (row, topic, over) in [
+            (key.clone(), "t", false),
+            (key, "u", true),
+            (keyless("t", 1), "t", false),
+            (keyless("t", 1), "u", false),
+        ] {
+            for before in [true, false] {
+                let (mut stand, _) = tries(one_shard(), vec![retrying(&row, Duration::ZERO)]);
+                let (then, now) = if before {
+                    (&[topic][..], &[][..])
+                } else {
+                    (&[][..], &[topic][..])
+                };
+                stand.machine.holds.held = held(now);
+                let asked = Asked::of(vec![owned(0, 1)], held(then));
+                stand.machine.drop_vanished_holds(&asked);
+                assert_eq!(
+                    stand.machine.holds.entries.is_empty(),
+                    over,
+                    "{topic} held before: {before}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_is_released_when_nothing_of_it_is_with_the_sink_and_read_from_the_lowest_that_was_dropped() {
+        let (low, high) = (keyed("t", "k", 3), keyed("t", "k", 5));
+        let mut stand = Stand::new(parking());
+        let first = stand.sent(vec![high.clone()]);
+        stand
+            .reads
+            .push_back(vec![keyed("t", "other", 4), keyless("t", 6)]);
+        stand.outcome = None;
+        stand.run();
+        stand.machine.holds.wait(
+            Shard(0),
+            Scope::Key(high.message.order_key().unwrap()),
+            high.reference(),
+            1,
+            State::Waiting { due: stand.now },
+        );
+        stand
+            .machine
+            .holds
+            .keep_out(Shard(0), low.position, low.message.order_key().as_ref());
+        stand.machine.fetching.wake();
+        assert!(request(&mut stand).reread.is_empty());
+        stand.fetched(Vec::new());
+        assert!(stand.machine.holds.due() > Some(stand.now));
+        stand.outcomes(first, vec![Outcome::Unknown("no answer".into())]);
+        stand.run();
+        let reread = request(&mut stand).reread.clone();
+        let of_key: Vec<Position> = reread
+            .iter()
+            .filter(|reread| matches!(reread.scope, RereadScope::Key(_)))
+            .map(|reread| reread.from)
+            .collect();
+        assert_eq!(of_key, [Position(3)]);
+    }
+
+    #[test]
+    fn a_message_whose_note_is_not_written_yet_is_not_released() {
+        let mut stand = Stand::new(RelayConfig {
+            retry: crate::relay::Backoff {
+                initial: ms(1),
+                max: ms(1),
+            },
+            ..RelayConfig::default()
+        });
+        stand.settles = false;
+        let row = keyless("t", 1);
+        let batch = stand.sent(vec![row.clone()]);
+        stand.outcomes(batch, vec![Outcome::Retry("later".into())]);
+        stand.outcome = None;
+        for command in stand.pass(SECOND) {
+            if let Command::Fetch { request } = command {
+                assert!(request.reread.is_empty() && !request.in_flight.is_empty());
+            }
+        }
+        stand.settled();
+        assert!(!stand.flies(&row), "now it is");
+        let asked = request(&mut stand);
+        assert_eq!(asked.reread.len(), 1);
+        assert_eq!(asked.reread[0].scope, RereadScope::Message);
+        assert!(asked.held.messages.is_empty());
+    }
+
+    #[test]
+    fn a_failed_head_drops_what_of_its_key_and_shard_has_not_left_and_nothing_else() {
+        let mut stand = Stand::of(Setup {
+            shards: 2,
+            ..one_shard()
+        });
+        stand.machine.setup.config.batch_rows = 1;
+        let elsewhere = Record {
+            shard: Shard(1),
+            ..keyed("t", "k", 3)
+        };
+        let head = keyed("t", "k", 1);
+        let rows = [
+            keyed("t", "k", 2),
+            elsewhere,
+            keyed("t", "l", 4),
+            keyed("u", "k", 5),
+            keyless("t", 6),
+        ];
+        let batch = stand.sent([&[head][..], &rows[..]].concat());
+        stand.outcomes(batch, vec![Outcome::Retry("later".into())]);
+        stand.outcome = None;
+        let flies: Vec<bool> = rows.iter().map(|row| stand.flies(row)).collect();
+        assert_eq!(flies, [false, true, true, true, true]);
+        assert_eq!(published(&stand.run()), [3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn a_note_of_another_head_makes_nothing_durable() {
+        let mut holds = Holds::default();
+        let (head, other) = (keyed("t", "k", 1), keyed("t", "k", 2));
+        let scope = Scope::Key(head.message.order_key().unwrap());
+        holds.wait(Shard(0), scope.clone(), head.reference(), 1, State::Parked);
+        let durable = |holds: &Holds| holds.entries[&(Shard(0), scope.clone())].durable;
+        holds.committed([hold_of(&other, HoldState::Parked)].iter());
+        assert_eq!(durable(&holds), None);
+        holds.committed([hold_of(&head, HoldState::Parked)].iter());
+        assert_eq!(durable(&holds), Some(2), "each settlement is a moment of its own");
+        holds.wait(Shard(0), scope.clone(), head.reference(), 2, State::Parked);
+        assert_eq!(durable(&holds), Some(2), "the same head waits on");
+        holds.wait(Shard(0), scope.clone(), other.reference(), 1, State::Parked);
+        assert_eq!(durable(&holds), None);
+    }
+
+    #[test]
+    fn a_shard_that_is_lost_takes_its_holds_along_and_no_others() {
+        let mut holds = Holds::default();
+        let row = keyed("t", "k", 1);
+        let key = row.message.order_key().unwrap();
+        for shard in [Shard(0), Shard(1)] {
+            let state = State::Waiting { due: SECOND };
+            holds.wait(shard, Scope::Key(key.clone()), row.reference(), 1, state);
+            holds.overflow(
+                shard,
+                &keyed("t", "l", 2).message.order_key().unwrap(),
+                Position(2),
+            );
+        }
+        holds.forget(Shard(0));
+        assert_eq!(
+            (holds.entries.len(), holds.queue.len(), holds.overflows.len()),
+            (1, 1, 1)
+        );
+        let shards: Vec<Shard> = holds.held.keys.iter().map(|(shard, _)| *shard).collect();
+        assert_eq!(shards, [Shard(1); 2]);
+    }
+
+    #[test]
+    fn attempts_are_those_of_the_head_alone() {
+        let mut holds = Holds::default();
+        let row = keyed("t", "k", 1);
+        let key = row.message.order_key().unwrap();
+        assert_eq!(holds.attempts(Shard(0), Position(1), Some(&key)), 0);
+        holds.wait(
+            Shard(0),
+            Scope::Key(key.clone()),
+            row.reference(),
+            7,
+            State::Parked,
+        );
+        assert_eq!(holds.attempts(Shard(0), Position(1), Some(&key)), 7);
+        assert_eq!(holds.attempts(Shard(0), Position(2), Some(&key)), 0);
+        assert_eq!(holds.tried(Shard(0), Some(&key)), Some((row.reference(), 7)));
+        assert_eq!(holds.tried(Shard(0), None), None);
+    }
+
+    #[test]
+    fn keys_of_which_too_many_came_are_kept_out_from_the_lowest_and_no_others() {
+        let mut holds = Holds::default();
+        let key = |key| keyed("t", key, 1).message.order_key().unwrap();
+        assert!(!holds.keep_out(Shard(0), Position(1), Some(&key("k"))));
+        holds.overflow(Shard(0), &key("k"), Position(40));
+        assert!(holds.keep_out(Shard(0), Position(39), Some(&key("k"))));
+        assert!(holds.keep_out(Shard(0), Position(41), Some(&key("k"))));
+        assert_eq!(holds.overflows[&(Shard(0), key("k"))], Position(39));
+        assert!(!holds.keep_out(Shard(0), Position(39), Some(&key("l"))));
+        assert!(!holds.keep_out(Shard(0), Position(39), None));
+        assert!(holds.overflowed(&(Shard(0), key("k"))) && !holds.overflowed(&(Shard(0), key("l"))));
     }
 }

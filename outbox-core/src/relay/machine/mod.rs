@@ -319,3 +319,174 @@ impl Machine {
             .filter_map(|(_, flight)| flight.key.as_ref())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::stand::{SECOND, Stand, hold_of, keyed, keyless, ms, parking, published, record_of};
+    use super::*;
+    use crate::hold::HoldState;
+    use crate::sink::Outcome;
+
+    fn poison() -> Outcome {
+        Outcome::Poison("no".into())
+    }
+
+    #[test]
+    fn a_relay_is_idle_when_all_shards_are_read_and_nothing_is_left_but_what_an_operator_must_see_to() {
+        let setup = Setup {
+            shards: 2,
+            ..Setup::of_one_shard(parking())
+        };
+        let idle = || {
+            let stand = Stand::of(setup.clone());
+            assert!(stand.machine.is_idle());
+            stand
+        };
+        let not = |what: &str, change: &dyn Fn(&mut Machine)| {
+            let mut stand = idle();
+            change(&mut stand.machine);
+            assert!(!stand.machine.is_idle(), "{what}");
+        };
+        not("another owns a shard", &|machine| machine.lose(Shard(1), "taken"));
+        not("the holds of a shard are not known", &|machine| {
+            machine.leasing.owned.get_mut(&Shard(0)).unwrap().loaded = false;
+        });
+        not("something is to be read again", &|machine| {
+            machine.reread(Shard(0), Position(1))
+        });
+        not("something is to be settled", &|machine| {
+            machine.settle_delivered(Shard(0), record_of(1).reference());
+        });
+        not("the sink is in doubt", &|machine| {
+            machine.publishing.purge_wanted = true
+        });
+        not("a key waits for time to pass", &|machine| {
+            let row = record_of(1);
+            let scope = holding::Scope::Key(row.message.order_key().unwrap());
+            let state = holding::State::Waiting { due: SECOND };
+            machine.holds.wait(Shard(0), scope, row.reference(), 1, state);
+        });
+        let mut stand = idle();
+        let batch = stand.sent(vec![record_of(1)]);
+        assert!(!stand.machine.is_idle(), "something is in flight");
+        stand.outcomes(batch, vec![poison()]);
+        stand.pass(SECOND);
+        assert!(
+            stand.machine.is_idle() && stand.machine.is_empty(),
+            "it is parked"
+        );
+        stand.until(|command| matches!(command, Command::Fetch { .. }).then_some(()));
+        assert!(!stand.machine.is_idle(), "it asks whether there is more");
+    }
+
+    #[test]
+    fn a_relay_is_empty_when_nothing_is_in_flight_or_to_be_settled() {
+        let mut stand = Stand::new(parking());
+        assert!(stand.machine.is_empty());
+        stand.read(vec![record_of(1)]);
+        assert!(!stand.machine.is_empty());
+        stand.machine.drop_flight(Shard(0), Position(1));
+        assert!(stand.machine.is_empty());
+        stand.machine.settle_delivered(Shard(0), record_of(1).reference());
+        assert!(!stand.machine.is_empty());
+    }
+
+    #[test]
+    fn a_relay_that_stops_drops_what_has_not_left_and_in_a_hurry_gives_up_what_the_sink_has() {
+        let mut stand = Stand::new(parking());
+        let row = record_of(1);
+        stand.sent(vec![row.clone()]);
+        stand.read(vec![keyless("t", 2)]);
+        stand.tell(Event::Shutdown);
+        assert_eq!(stand.machine.flights.len(), 1, "what the sink has is waited for");
+        assert!(
+            !stand
+                .run()
+                .iter()
+                .any(|command| matches!(command, Command::Purge))
+        );
+        let generation = stand.machine.publishing.generation;
+        stand.tell(Event::Shutdown);
+        assert_eq!(
+            stand.machine.publishing.generation, generation,
+            "to be told twice changes nothing"
+        );
+        stand.machine.hurry();
+        assert!(matches!(stand.machine.poll(stand.now), Some(Command::Purge)));
+    }
+
+    #[test]
+    fn keys_go_one_by_one_only_where_they_park_and_the_sink_would_go_on() {
+        for (on_failure, dead_letters, stops_key_at_failure, serial) in [
+            (OnFailure::Park, true, false, true),
+            (OnFailure::Park, true, true, false),
+            (OnFailure::DeadLetter, true, false, false),
+            (OnFailure::DeadLetter, false, false, true),
+            (OnFailure::DeadLetter, false, true, false),
+        ] {
+            let mut stand = Stand::of(Setup {
+                dead_letters,
+                stops_key_at_failure,
+                ..Setup::of_one_shard(RelayConfig {
+                    on_failure,
+                    ..RelayConfig::default()
+                })
+            });
+            stand.outcome = None;
+            stand.rows = vec![record_of(1), record_of(2), keyed("t", "l", 3)];
+            let sent = if serial { vec![1, 3] } else { vec![1, 2, 3] };
+            assert_eq!(published(&stand.pass(ms(100))), sent);
+        }
+    }
+
+    #[test]
+    fn of_keys_that_go_one_by_one_each_goes_on_with_its_own_outcome() {
+        let mut stand = Stand::of(Setup {
+            stops_key_at_failure: false,
+            ..Setup::of_one_shard(parking())
+        });
+        let first = stand.sent(vec![
+            keyed("t", "a", 1),
+            keyed("t", "a", 2),
+            keyed("t", "a", 3),
+            keyed("t", "b", 4),
+            keyed("t", "b", 5),
+        ]);
+        stand.outcome = None;
+        stand.settles = false;
+        stand.outcomes(first, vec![Outcome::Delivered, poison()]);
+        let mut commands = stand.run();
+        assert_eq!(published(&commands), [2], "the other key stops at its head");
+        let sent = commands.drain(..).find_map(|command| match command {
+            Command::Publish { batch, .. } => Some(batch),
+            _ => None,
+        });
+        stand.outcomes(sent.unwrap(), vec![Outcome::Delivered]);
+        assert_eq!(published(&stand.run()), [3]);
+    }
+
+    #[test]
+    fn the_first_of_all_that_is_due_is_what_is_waited_for() {
+        let mut stand = Stand::new(RelayConfig {
+            poll_idle: SECOND * 60,
+            poll_busy: SECOND * 60,
+            lease: SECOND * 60,
+            ..RelayConfig::default()
+        });
+        let (now, machine) = (stand.now, &mut stand.machine);
+        assert_eq!(machine.next_due(now), Some(now + SECOND * 20), "a renewal");
+        machine.holds.load_next = now + SECOND * 9;
+        let parked = hold_of(&record_of(1), HoldState::Parked);
+        let scope = holding::Scope::of(&parked.scope, parked.head).unwrap();
+        machine
+            .holds
+            .wait(Shard(0), scope, parked.head, 1, holding::State::Parked);
+        assert_eq!(
+            machine.next_due(now),
+            Some(now + SECOND * 9),
+            "a look at the holds"
+        );
+        machine.settle_delivered(Shard(0), record_of(1).reference());
+        assert!(machine.next_due(now) < Some(now + SECOND), "a settlement");
+    }
+}

@@ -304,6 +304,12 @@ impl Stand {
             .contains_key(&(record.shard, record.position))
     }
 
+    /// Reads, and takes this in.
+    pub(super) fn read(&mut self, records: Vec<Record>) {
+        self.until(|command| matches!(command, Command::Fetch { .. }).then_some(()));
+        self.fetched(records);
+    }
+
     /// Takes a read's answer in, hands it over, and says in which batch.
     pub(super) fn sent(&mut self, records: Vec<Record>) -> BatchId {
         self.reads.push_back(records);
