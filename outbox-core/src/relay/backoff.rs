@@ -82,4 +82,26 @@ mod tests {
             let _ = backoff.pause(attempts, &mut random);
         }
     }
+
+    #[test]
+    fn pauses_are_drawn_from_all_of_what_is_allowed() {
+        let backoff = Backoff {
+            initial: Duration::from_secs(1),
+            max: Duration::from_secs(60),
+        };
+        let mut random = fastrand::Rng::with_seed(1);
+        for attempts in [0, 1, 4, 99] {
+            let ceiling = backoff.ceiling(attempts);
+            let pauses: Vec<Duration> = (0..200).map(|_| backoff.pause(attempts, &mut random)).collect();
+            assert!(
+                pauses.iter().any(|pause| *pause < ceiling / 10),
+                "{attempts}: some are short"
+            );
+            assert!(
+                pauses.iter().any(|pause| *pause > ceiling / 10 * 9),
+                "{attempts}: some are long"
+            );
+            assert!(pauses.iter().all(|pause| *pause <= ceiling));
+        }
+    }
 }

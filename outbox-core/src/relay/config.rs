@@ -177,3 +177,160 @@ pub(super) fn in_range<T: PartialOrd + std::fmt::Debug>(
     )
     .with("value", format!("{value:?}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MILLI: Duration = Duration::from_millis(1);
+    const HOUR: Duration = Duration::from_secs(3600);
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    /// What is wrong with the defaults after this change; nothing is nothing.
+    fn wrong(change: impl FnOnce(&mut RelayConfig)) -> String {
+        let mut config = RelayConfig::default();
+        change(&mut config);
+        let error = config.check().err();
+        error.map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    /// Both ends of a range are allowed, and what is beyond them is refused by the field's name and with its value.
+    fn ranges<T: Copy + std::fmt::Debug>(
+        field: &str,
+        allowed: [T; 2],
+        refused: [T; 2],
+        set: impl Fn(&mut RelayConfig, T),
+    ) {
+        for value in allowed {
+            assert_eq!(wrong(|config| set(config, value)), "", "{field}");
+        }
+        let [min, max] = allowed;
+        for value in refused {
+            let expected =
+                format!("configure relay: {field} must be {min:?} to {max:?} (value: \"{value:?}\")");
+            assert_eq!(wrong(|config| set(config, value)), expected);
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_within_their_ranges() {
+        assert_eq!(wrong(|_| ()), "");
+    }
+
+    #[test]
+    fn counts_are_refused_outside_their_ranges() {
+        ranges("batch_rows", [1, 100_000], [0, 100_001], |config, rows| {
+            config.batch_rows = rows;
+            config.window_rows = 200_000;
+        });
+        ranges(
+            "batch_bytes",
+            [1, 1 << 30],
+            [0, (1 << 30) + 1],
+            |config, bytes| config.batch_bytes = bytes,
+        );
+        ranges(
+            "window_rows",
+            [2_000, 1_000_000],
+            [1_999, 1_000_001],
+            |config, rows| {
+                config.window_rows = rows;
+            },
+        );
+        ranges(
+            "window_bytes",
+            [1, 1 << 34],
+            [0, (1 << 34) + 1],
+            |config, bytes| config.window_bytes = bytes,
+        );
+        ranges("settle_rows", [1, 100_000], [0, 100_001], |config, rows| {
+            config.settle_rows = rows
+        });
+        ranges("max_holds", [1, 1_000_000], [0, 1_000_001], |config, holds| {
+            config.max_holds = holds
+        });
+        ranges("max_attempts", [1, u32::MAX], [0, 0], |config, attempts| {
+            config.max_attempts = attempts
+        });
+        ranges("rate_limit", [1, u32::MAX], [0, 0], |config, rate| {
+            config.rate_limit = Some(rate)
+        });
+    }
+
+    #[test]
+    fn times_are_refused_outside_their_ranges() {
+        ranges(
+            "lease",
+            [MILLI * 100, HOUR],
+            [MILLI * 99, HOUR + MILLI],
+            |config, lease| {
+                config.lease = lease;
+                config.settle_every = Duration::ZERO;
+            },
+        );
+        // A fifth of the lease, which is ten seconds.
+        ranges(
+            "settle_every",
+            [Duration::ZERO, MILLI * 2_000],
+            [MILLI * 2_001; 2],
+            |config, pause| {
+                config.settle_every = pause;
+            },
+        );
+        ranges(
+            "poll_busy",
+            [MILLI / 10, HOUR],
+            [MILLI / 11, HOUR + MILLI],
+            |config, pause| {
+                config.poll_busy = pause;
+                config.poll_idle = HOUR;
+            },
+        );
+        ranges(
+            "poll_idle",
+            [MILLI, HOUR],
+            [MILLI / 2, HOUR + MILLI],
+            |config, pause| {
+                config.poll_idle = pause;
+            },
+        );
+        ranges(
+            "call_timeout",
+            [MILLI * 100, HOUR],
+            [MILLI * 99, HOUR + MILLI],
+            |config, time| {
+                config.call_timeout = time;
+            },
+        );
+    }
+
+    #[test]
+    fn pauses_are_refused_outside_their_ranges() {
+        let fields: [(&str, fn(&mut RelayConfig) -> &mut Backoff); 3] = [
+            ("retry", |config| &mut config.retry),
+            ("topic_retry", |config| &mut config.topic_retry),
+            ("outage_retry", |config| &mut config.outage_retry),
+        ];
+        for (field, backoff) in fields {
+            let initial = format!("{field}.initial");
+            ranges(
+                &initial,
+                [MILLI, MILLI * 7_000],
+                [MILLI / 2, MILLI * 7_001],
+                |config, pause| {
+                    *backoff(config) = Backoff {
+                        initial: pause,
+                        max: MILLI * 7_000,
+                    };
+                },
+            );
+            let max = format!("{field}.max");
+            ranges(&max, [MILLI, DAY], [DAY + MILLI; 2], |config, pause| {
+                *backoff(config) = Backoff {
+                    initial: MILLI,
+                    max: pause,
+                };
+            });
+        }
+    }
+}

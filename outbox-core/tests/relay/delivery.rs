@@ -203,6 +203,92 @@ async fn a_drain_ends_though_keys_are_parked() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends_when_others_have_delivered_what_is_theirs() {
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    sink.set_latency(SECOND * 5);
+    let other = start("a", &store, &sink, config());
+    sleep(SECOND).await;
+    store.enqueue("t", Some("k"), "1").await;
+    sleep(SECOND / 2).await;
+    let (begin, before) = (Instant::now(), store.calls("stats"));
+    let drain = relay("b", &store, &MemorySink::new(), config()).drain(std::future::pending());
+    timeout(MINUTE, drain).await.unwrap().unwrap();
+    let took = begin.elapsed();
+    assert_eq!(texts(&sink.delivered()), ["1"]);
+    assert!((SECOND * 4..SECOND * 6).contains(&took), "{took:?}");
+    let looks = store.calls("stats") - before;
+    assert!(
+        (20..=35).contains(&looks),
+        "it looks five times a second: {looks}"
+    );
+    other.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_does_not_end_while_others_have_something_left() {
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    sink.set_latency(MINUTE);
+    let other = start("a", &store, &sink, config());
+    sleep(SECOND).await;
+    store.enqueue("t", Some("k"), "1").await;
+    sleep(SECOND / 2).await;
+    let drain = relay("b", &store, &MemorySink::new(), config()).drain(std::future::pending());
+    assert!(timeout(SECOND * 50, drain).await.is_err());
+    other.kill().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_relay_of_many_looks_after_the_whole_outbox_every_ten_seconds() {
+    let archive = MemoryConfig {
+        archive: true,
+        ..MemoryConfig::default()
+    };
+    let (store, sink) = (Store::new(archive), MemorySink::new());
+    let relays = ["a", "b", "c"].map(|name| start(name, &store, &sink, config()));
+    sleep(SECOND * 20).await;
+    for (operation, fault) in [
+        ("stats", crate::support::Fault::None),
+        ("purge", crate::support::Fault::None),
+        ("stats", crate::support::Fault::Error),
+        ("purge", crate::support::Fault::Error),
+        ("stats", crate::support::Fault::Late(SECOND * 15)),
+        ("purge", crate::support::Fault::Late(SECOND * 15)),
+    ] {
+        store.always(operation, fault);
+        sleep(SECOND * 30).await;
+        let before = store.calls(operation);
+        sleep(SECOND * 120).await;
+        let calls = store.calls(operation) - before;
+        // A call that takes longer than that is not joined by a second one.
+        let expected = if matches!(fault, crate::support::Fault::Late(_)) {
+            6..=9
+        } else {
+            11..=13
+        };
+        assert!(expected.contains(&calls), "{operation} {fault:?}: {calls}");
+    }
+    for relay in relays {
+        relay.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_without_the_first_shard_looks_after_nothing() {
+    let archive = MemoryConfig {
+        archive: true,
+        ..MemoryConfig::default()
+    };
+    let (store, sink) = (Store::new(archive), MemorySink::new());
+    // It only joins: its second renewal, which would bring it shards, never succeeds.
+    store.script("lease", [crate::support::Fault::None]);
+    store.always("lease", crate::support::Fault::Error);
+    let running = start("a", &store, &sink, config());
+    sleep(MINUTE).await;
+    assert_eq!((store.calls("stats"), store.calls("purge")), (0, 0));
+    running.stop().await;
+}
+
 /// A sink that answers nothing, not even a purge.
 #[derive(Debug)]
 struct Deaf;

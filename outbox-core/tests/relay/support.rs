@@ -198,7 +198,7 @@ impl OutboxStore for Store {
     }
 
     fn retention(&self) -> Option<&dyn Retention> {
-        self.memory.retention()
+        self.memory.retention().map(|_| self as &dyn Retention)
     }
 
     fn parking(&self) -> Option<&dyn Parking> {
@@ -211,6 +211,14 @@ impl OutboxStore for Store {
 
     fn wake_up(&self) -> Option<Box<dyn WakeUp>> {
         self.memory.wake_up()
+    }
+}
+
+#[async_trait]
+impl Retention for Store {
+    async fn purge(&self, age: Duration, limit: usize) -> Result<usize> {
+        self.call("purge", Retention::purge(&self.memory, age, limit))
+            .await
     }
 }
 

@@ -466,6 +466,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_dropped_from_behind_a_head_sends_nothing_of_its_key_off() {
+        let mut stand = Stand::of(Setup {
+            stops_key_at_failure: false,
+            ..Setup::of_one_shard(parking())
+        });
+        let rows: Vec<Record> = (1..=4).map(record_of).collect();
+        let head = stand.sent(rows.clone());
+        stand.outcome = None;
+        let place = |row: &Record| (row.shard, row.position);
+        stand.machine.drop_unsent(&[place(&rows[1])]);
+        assert!(published(&stand.run()).is_empty());
+        stand.machine.drop_unsent(&[place(&rows[2]), place(&rows[3])]);
+        stand.read(rows[1..].to_vec());
+        assert!(
+            published(&stand.run()).is_empty(),
+            "the head is still with the sink"
+        );
+        stand.outcomes(head, vec![Outcome::Delivered]);
+        assert_eq!(published(&stand.run()), [2]);
+    }
+
+    #[test]
     fn the_first_of_all_that_is_due_is_what_is_waited_for() {
         let mut stand = Stand::new(RelayConfig {
             poll_idle: SECOND * 60,

@@ -229,7 +229,7 @@ mod tests {
     use crate::hold::{Hold, HoldState};
     use crate::lease::Leases;
     use crate::relay::config::RelayConfig;
-    use crate::relay::machine::stand::{Stand, failure, ms, record_of};
+    use crate::relay::machine::stand::{Stand, failure, ms, owned, record_of};
     use crate::relay::machine::{Event, Setup};
     use crate::shard::{OwnedShard, Position};
     use crate::sink::Outcome;
@@ -543,5 +543,20 @@ mod tests {
         let next = stand.until(settlement);
         assert_eq!(next.shards.len(), 1);
         assert_eq!(next.shards[0].shard, Shard(1));
+    }
+
+    #[test]
+    fn a_refusal_of_one_shard_under_an_old_epoch_takes_nothing_though_another_went_with_it() {
+        let mut stand = stand(RelayConfig::default());
+        stand.machine.settle_delivered(Shard(0), reference(1));
+        stand.machine.settle_delivered(Shard(1), reference(2));
+        stand.until(settlement);
+        stand.machine.lose(Shard(0), "expired");
+        stand.held[0] = owned(0, 2);
+        stand.lease(stand.now);
+        stand.tell(Event::Settled {
+            result: Ok(Settled { lost: vec![Shard(0)] }),
+        });
+        assert!(stand.machine.leasing.owns(Shard(0), Epoch(2)));
     }
 }

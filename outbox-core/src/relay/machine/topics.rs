@@ -546,13 +546,13 @@ mod tests {
     fn the_topic_most_of_which_waits_is_held_when_too_many_do() {
         let mut stand = Stand::new(narrow());
         stand.settles = false;
-        let batch = stand.sent(vec![keyless("few", 1), keyless("many", 2)]);
+        let batch = stand.sent(vec![keyless("quiet", 1), keyless("many", 2)]);
         stand.outcomes(batch, vec![poison(); 2]);
         assert!(held(&mut stand).is_empty(), "two may wait");
         let batch = stand.sent(vec![keyless("many", 3)]);
         stand.outcomes(batch, vec![poison()]);
         assert_eq!(held(&mut stand), [("many".to_owned(), RETRY.max)]);
-        assert!(is_held(&stand, "many") && !is_held(&stand, "few"));
+        assert!(is_held(&stand, "many") && !is_held(&stand, "quiet"));
         let due = TopicState::Crowded {
             due: stand.now + RETRY.max,
         };
@@ -580,6 +580,28 @@ mod tests {
         );
         assert_eq!(stand.machine.holds.shed_at, stand.machine.holds.moment);
         assert_eq!(stand.machine.holds.held.messages.len(), 1);
+    }
+
+    #[test]
+    fn of_a_crowded_topic_what_waits_without_a_note_is_forgotten_at_once() {
+        let mut stand = Stand::new(narrow());
+        stand.settles = false;
+        let skipped = keyed("many", "k", 1);
+        let batch = stand.sent(vec![skipped, keyless("many", 2), keyless("many", 3)]);
+        stand.outcomes(batch, vec![Outcome::Skipped, poison(), poison()]);
+        assert!(is_crowded(&stand, "many"));
+        let heads = stand
+            .machine
+            .holds
+            .entries
+            .values()
+            .map(|entry| entry.head.position.0);
+        assert_eq!(
+            heads.collect::<Vec<_>>(),
+            [2, 3],
+            "opening the topic reads it again"
+        );
+        assert!(stand.machine.holds.held.keys.is_empty());
     }
 
     #[test]
