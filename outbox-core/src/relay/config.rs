@@ -306,7 +306,8 @@ mod tests {
 
     #[test]
     fn pauses_are_refused_outside_their_ranges() {
-        let fields: [(&str, fn(&mut RelayConfig) -> &mut Backoff); 3] = [
+        type Field = fn(&mut RelayConfig) -> &mut Backoff;
+        let fields: [(&str, Field); 3] = [
             ("retry", |config| &mut config.retry),
             ("topic_retry", |config| &mut config.topic_retry),
             ("outage_retry", |config| &mut config.outage_retry),

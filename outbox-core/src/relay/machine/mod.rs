@@ -394,8 +394,7 @@ mod tests {
     #[test]
     fn a_relay_that_stops_drops_what_has_not_left_and_in_a_hurry_gives_up_what_the_sink_has() {
         let mut stand = Stand::new(parking());
-        let row = record_of(1);
-        stand.sent(vec![row.clone()]);
+        stand.sent(vec![record_of(1)]);
         stand.read(vec![keyless("t", 2)]);
         stand.tell(Event::Shutdown);
         assert_eq!(stand.machine.flights.len(), 1, "what the sink has is waited for");

@@ -843,8 +843,7 @@ mod tests {
     #[test]
     fn a_record_that_failed_waits_for_the_pause_that_is_told_and_written() {
         let mut stand = Stand::new(RelayConfig::default());
-        let record = keyed("t", "k", 7);
-        let batch = stand.sent(vec![record.clone()]);
+        let batch = stand.sent(vec![keyed("t", "k", 7)]);
         stand.settles = false;
         stand.outcomes(batch, vec![Outcome::Retry("later".into())]);
         let told = stand.notes().into_iter().find_map(|note| match note {

@@ -531,7 +531,7 @@ mod tests {
                 parked,
             ],
         );
-        stand.rows = vec![first.clone(), second.clone()];
+        stand.rows = vec![first.clone(), second];
         let due = stand.now + SECOND * 60;
         let topics = |stand: &Stand| -> Vec<(String, TopicState)> {
             let topics = stand.machine.holds.topics.iter();

@@ -188,9 +188,12 @@ impl Stand {
     pub(super) fn pass(&mut self, time: Duration) -> Vec<Command> {
         let end = self.now + time;
         let mut all = self.run();
+        let mut looks = 0;
         while let Some(due) = self.machine.next_due(self.now).filter(|due| *due <= end) {
             self.now = due.max(self.now + Duration::from_micros(200)).min(end);
             all.extend(self.run());
+            looks += 1;
+            assert!(looks < 10_000, "it never rests: {:#?}", self.machine);
             if self.now == end {
                 break;
             }

@@ -463,8 +463,9 @@ mod tests {
             ..RelayConfig::default()
         });
         let of_it = [keyed("t", "a", 1), keyed("t", "b", 2), keyed("t", "c", 3)];
-        let other = keyed("other", "c", 4);
-        stand.reads.push_back([&of_it[..], &[other.clone()]].concat());
+        let mut rows = of_it.to_vec();
+        rows.push(keyed("other", "c", 4));
+        stand.reads.push_back(rows);
         let batch = stand.until(|command| match command {
             Command::Publish { batch, .. } => Some(*batch),
             _ => None,
@@ -508,7 +509,7 @@ mod tests {
             shard: Shard(1),
             ..keyed("u", "b", 2)
         };
-        stand.rows = vec![probe.clone(), other];
+        stand.rows = vec![probe, other];
         stand.outcome = Some(blocked());
         stand.pass(ms(100));
         stand.outcome = None;
