@@ -102,6 +102,11 @@ impl Holds {
         self.held.clone()
     }
 
+    /// Whether what this note of the store's is about waits here, too.
+    pub(super) fn knows(&self, hold: &Hold) -> bool {
+        Scope::of(&hold.scope, hold.head).is_some_and(|scope| self.entries.contains_key(&(hold.shard, scope)))
+    }
+
     /// When the next hold or topic is due.
     pub(super) fn due(&self) -> Option<Duration> {
         let topics = self.topics.values().filter_map(|topic| match topic.state {

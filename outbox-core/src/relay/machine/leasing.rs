@@ -191,6 +191,7 @@ impl Machine {
         for shard in gone {
             self.lose(shard, "taken");
         }
+        let mut gained = false;
         for owned in leases.held {
             if self.leasing.owns(owned.shard, owned.epoch) {
                 continue;
@@ -200,6 +201,7 @@ impl Machine {
                 continue;
             }
             self.note(Note::ShardGained(owned));
+            gained = true;
             self.leasing.owned.insert(
                 owned.shard,
                 Owned {
@@ -214,7 +216,7 @@ impl Machine {
         if self.stopping {
             return;
         }
-        if self.leasing.owned.values().any(|owned| !owned.loaded) {
+        if gained {
             self.load_soon();
         }
         let share = self.fair_share();

@@ -273,14 +273,15 @@ mod tests {
     }
 
     #[test]
-    fn notes_that_cannot_be_read_are_asked_for_again_after_the_pause_that_is_told() {
+    fn notes_that_cannot_be_read_are_asked_for_again_after_the_pause_that_is_told_whatever_is_renewed_meanwhile()
+     {
         let slow = Backoff {
             initial: SECOND * 60,
             max: SECOND * 60,
         };
         let mut stand = Stand::apart(Setup::of_one_shard(RelayConfig {
             outage_retry: slow,
-            lease: SECOND * 3600,
+            lease: SECOND * 3,
             ..RelayConfig::default()
         }));
         load(&mut stand);

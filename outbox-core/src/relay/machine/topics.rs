@@ -200,10 +200,11 @@ impl Machine {
         let mut crowds: BTreeMap<&Arc<str>, usize> = BTreeMap::new();
         // What is over waits for a settlement only, and is bounded by what may be in flight.
         for entry in self.holds.entries.values().filter(|entry| !entry.over) {
+            // A note of a message without a key that was taken over does not say of which topic it is: to hold any one
+            // for its sake would be no relief.
+            let Some(topic) = &entry.topic else { continue };
             all += 1;
-            if let Some(topic) = &entry.topic
-                && !self.holds.topics.contains_key(topic)
-            {
+            if !self.holds.topics.contains_key(topic) {
                 *crowds.entry(topic).or_default() += 1;
             }
         }
@@ -308,8 +309,8 @@ impl Machine {
                 hold.state == HoldState::Parked
                     && match &hold.scope {
                         HoldScope::Key(key) => key.topic == topic,
-                        // Of which topic it is is not known.
-                        HoldScope::Message => true,
+                        // Of which topic it is is not known, but if it waits here, it was not dropped as this one's.
+                        HoldScope::Message => !self.holds.knows(hold),
                         HoldScope::Topic(_) => false,
                     }
             });
@@ -581,6 +582,37 @@ mod tests {
         );
         assert_eq!(stand.machine.holds.shed_at, stand.machine.holds.moment);
         assert_eq!(stand.machine.holds.held.messages.len(), 1);
+    }
+
+    /// The store's note of a message without a key does not say of which topic it is.
+    #[test]
+    fn a_healthy_topic_is_not_held_for_the_notes_that_a_relay_takes_over() {
+        let mut stand = Stand::apart(Setup::of_one_shard(narrow()));
+        stand.holds = (1..=4)
+            .map(|at| hold_of(&keyless("bad", at), HoldState::Parked))
+            .collect();
+        stand.run();
+        let rows = [keyed("good", "k", 11), keyed("good", "l", 12)];
+        let batch = stand.sent(rows.to_vec());
+        stand.outcomes(batch, vec![Outcome::Retry("later".into()), Outcome::Delivered]);
+        stand.pass(SECOND);
+        assert!(!is_crowded(&stand, "good"));
+    }
+
+    #[test]
+    fn a_topic_that_was_crowded_flows_again_whatever_is_parked_of_others() {
+        let mut stand = Stand::apart(Setup::of_one_shard(narrow()));
+        stand.holds = (1..=4)
+            .map(|at| hold_of(&keyless("bad", at), HoldState::Parked))
+            .collect();
+        stand.run();
+        let rows = (11..=13).map(|at| keyed("good", &at.to_string(), at));
+        let batch = stand.sent(rows.collect());
+        stand.outcomes(batch, vec![Outcome::Retry("later".into()); 3]);
+        stand.run();
+        assert!(is_crowded(&stand, "good"));
+        stand.pass(SECOND * 200);
+        assert!(!is_crowded(&stand, "good"));
     }
 
     #[test]
