@@ -190,7 +190,7 @@ pub(crate) fn of_relays<D: Database + 'static>() -> Vec<Fault<D>> {
             }
         })
         .load(|load| Load {
-            messages: kills() * MESSAGES_A_KILL,
+            messages: kills() * MESSAGES_A_KILL / D::FEWER as usize,
             spread: SECOND * D::SLOW * u32::try_from(kills()).unwrap(),
             ..load
         }),
@@ -322,7 +322,7 @@ fn kills() -> usize {
     from_environment("OUTBOX_FAULTS_KILLS", 5)
 }
 
-/// How many messages are written meanwhile, for each kill.
+/// How many messages are written meanwhile, for each kill, where the server is not slow.
 const MESSAGES_A_KILL: usize = 500;
 
 /// What goes wrong with messages and their topic.
