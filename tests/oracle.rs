@@ -315,6 +315,13 @@ fn poison_that_died_is_not_lost_and_its_successors_may_go() {
 }
 
 #[test]
+fn poison_that_arrived_was_none() {
+    let mut run = healthy(2, 10);
+    run.written.last_mut().unwrap().stamp.poison = true;
+    assert!(broken(&run).contains(&"I2"));
+}
+
+#[test]
 fn a_message_that_nothing_is_wrong_with_must_not_die() {
     let mut run = healthy(2, 10);
     run.effects = None;

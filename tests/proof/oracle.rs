@@ -144,6 +144,12 @@ impl Run {
             if dead.contains(&id) && !written.stamp.poison {
                 report.violation("I1", format!("{} died of nothing", written.stamp));
             }
+            if delivered.contains(&id) && written.stamp.poison {
+                report.violation(
+                    "I2",
+                    format!("{} is larger than the topic takes, and arrived", written.stamp),
+                );
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use outbox::{Message, MessageId};
@@ -149,18 +150,26 @@ impl Load {
     /// Writes it all; gives the time it took.
     pub(crate) fn write<P: Producer>(&self, log: &WriterLog, connect: impl Fn() -> P + Sync) -> Duration {
         let begin = Instant::now();
+        let written = &AtomicUsize::new(1);
         std::thread::scope(|scope| {
             for producer in 0..self.producers {
                 let share =
                     self.messages / self.producers + usize::from(producer < self.messages % self.producers);
                 let connect = &connect;
-                scope.spawn(move || self.produce(share, log, connect(), begin));
+                scope.spawn(move || self.produce(share, log, connect(), begin, written));
             }
         });
         begin.elapsed()
     }
 
-    fn produce(&self, share: usize, log: &WriterLog, mut producer: impl Producer, begin: Instant) {
+    fn produce(
+        &self,
+        share: usize,
+        log: &WriterLog,
+        mut producer: impl Producer,
+        begin: Instant,
+        written: &AtomicUsize,
+    ) {
         let mut done = 0;
         while done < share {
             let count = fastrand::usize(1..=MOST_AT_ONCE).min(share - done);
@@ -174,7 +183,8 @@ impl Load {
             let mut stamps = Vec::with_capacity(count);
             let mut message = |key: &str, n| {
                 let stamp = Stamp {
-                    poison: self.poison_each > 0 && fastrand::usize(0..self.poison_each) == 0,
+                    poison: self.poison_each > 0
+                        && written.fetch_add(1, Ordering::Relaxed) % self.poison_each == 0,
                     ..Stamp::new(key, n)
                 };
                 log.intent(&stamp);

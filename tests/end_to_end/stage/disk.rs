@@ -22,8 +22,8 @@ impl Disk {
     pub(super) fn mount(folder: &Path, size: u32) -> io::Result<Self> {
         let place = folder.join(NAME);
         std::fs::create_dir(&place)?;
-        // A server that runs as another user has to get there.
-        std::fs::set_permissions(folder, Permissions::from_mode(0o755))?;
+        // A server that runs as another user has to get there, and to see nothing on the way.
+        std::fs::set_permissions(folder, Permissions::from_mode(0o711))?;
         let disk = Self(place);
         let size = format!("size={size}m,mode=755");
         run(Command::new("mount")

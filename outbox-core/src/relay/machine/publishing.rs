@@ -527,7 +527,10 @@ impl Machine {
         match result {
             Ok(()) => {
                 self.publishing.line = Line::Open;
-                self.note(Note::SinkUp);
+                // After a purge for a lost shard nothing was told, and nothing is wrong with the sink.
+                if self.publishing.failures > 0 {
+                    self.note(Note::SinkUp);
+                }
             }
             Err(error) => self.sink_failed(&error.into(), false, now),
         }
@@ -711,6 +714,27 @@ mod tests {
         assert!(stand.machine.settling.is_empty());
         stand.outcomes(new, vec![Outcome::Delivered]);
         assert!(!stand.machine.settling.is_empty());
+    }
+
+    #[test]
+    fn what_a_purge_for_a_lost_shard_drops_is_no_failure_of_the_sink() {
+        let mut stand = Stand::of(Setup {
+            shards: 2,
+            ..Setup::of_one_shard(RelayConfig::default())
+        });
+        let other = Record {
+            shard: Shard(1),
+            ..keyless("t", 2)
+        };
+        let batch = stand.sent(vec![record_of(1), other]);
+        stand.machine.lose(Shard(0), "taken");
+        assert!(matches!(stand.machine.poll(stand.now), Some(Command::Purge)));
+        stand.outcomes(batch, vec![Outcome::Unknown("purged".into()); 2]);
+        stand.tell(Event::Purged);
+        stand.until(is_probe);
+        stand.tell(Event::Probed { result: Ok(()) });
+        let told = |note: &Note| matches!(note, Note::SinkUp | Note::SinkDown { .. });
+        assert!(!stand.notes().iter().any(told));
     }
 
     #[test]
