@@ -184,7 +184,9 @@ impl Load {
             let mut message = |key: &str, n| {
                 let stamp = Stamp {
                     poison: self.poison_each > 0
-                        && written.fetch_add(1, Ordering::Relaxed) % self.poison_each == 0,
+                        && written
+                            .fetch_add(1, Ordering::Relaxed)
+                            .is_multiple_of(self.poison_each),
                     ..Stamp::new(key, n)
                 };
                 log.intent(&stamp);
