@@ -23,9 +23,10 @@ use crate::fetch::Record;
 ///   `outcomes_are_in_order`).
 /// - `Delivered` **MUST** mean durably accepted by the destination (`delivered_is_durable`).
 /// - After `Outage`, `Unknown` or `Broken` none of the key's successors that the sink already has is delivered
-///   until the relay has called [`purge`](Self::purge); with [`SinkCapabilities::stops_key_at_failure`] neither
-///   after `Poison`, `Retry` and `TopicBlocked`: those successors are `Skipped` (`failure_stops_key`,
-///   `retry_stops_key`, `outage_stops_key`). The sink
+///   until the relay has called [`purge`](Self::purge) (`outage_stops_key`). After `TopicBlocked` none is until its
+///   receipt has resolved, whatever the topic takes by then: they are `TopicBlocked` or `Skipped`
+///   (`blocked_topic_stops_key`). With [`SinkCapabilities::stops_key_at_failure`] neither after `Poison` and `Retry`:
+///   they are `Skipped` (`failure_stops_key`, `retry_stops_key`). The sink
 ///   "already has" what was handed over, that is for which `publish` was first polled, before the failure's receipt
 ///   resolved; the relay never begins a hand-over between hearing of a failure and deciding upon it.
 /// - A sink without that capability **MUST NOT** answer `Retry` (`retry_needs_stopping`).
@@ -104,7 +105,8 @@ pub trait Sink: Send + fmt::Debug + 'static {
 pub struct SinkCapabilities {
     /// A name for people: `kafka`.
     pub name: &'static str,
-    /// Whether, when a message is not delivered, none of its key's successors that the sink already has is.
+    /// Whether, when a message is refused for what it is, none of its key's successors that the sink already has is
+    /// delivered.
     ///
     /// Kafka's producer delivers what follows a refused message. With `false` the relay has one message a key in
     /// flight when keys are to be parked.

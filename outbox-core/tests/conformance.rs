@@ -129,7 +129,10 @@ impl SinkHarness for Memory {
                 self.0.fail(MemoryFault::new(blocked).topic(TOPICS[1]));
             }
             SinkFault::Outage => self.0.begin_outage("nobody home"),
-            SinkFault::Heal => self.0.end_outage(),
+            SinkFault::Heal => {
+                self.0.end_outage();
+                self.0.clear_faults();
+            }
             SinkFault::Delay => self.0.set_latency(Duration::from_millis(200)),
             other => panic!("{other:?} is not among the faults of this harness"),
         }

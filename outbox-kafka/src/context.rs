@@ -1,5 +1,6 @@
 //! What librdkafka calls back.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use outbox_core::{Outcome, Reason};
@@ -94,7 +95,7 @@ impl ProducerContext for Context {
         let outcome = match result {
             // The offset may be unknown (-1001): a retry that the broker recognized as such has none.
             Ok(_) => Outcome::Delivered,
-            Err((error, message)) => self.failure(error, message.topic()),
+            Err((error, message)) => self.failure(error, message.topic(), number),
         };
         if self.lane == Lane::Careful {
             self.tracker.leave_careful();
@@ -104,7 +105,7 @@ impl ProducerContext for Context {
 }
 
 impl Context {
-    fn failure(&self, error: &KafkaError, topic: &str) -> Outcome {
+    fn failure(&self, error: &KafkaError, topic: &str, number: usize) -> Outcome {
         let code = error.rdkafka_error_code().unwrap_or(Code::Fail);
         let class = classify(code);
         let hint = match code {
@@ -133,6 +134,11 @@ impl Context {
                     self.suspects.add(topic);
                 }
                 self.tracker.note_unwritable(topic);
+                // The topic may take what follows, which must not go before this one has.
+                if self.tracker.has_successors(number, topic) {
+                    let blocked = HashMap::from([(topic.into(), reason.clone())]);
+                    self.tracker.close(Closing::blocked(blocked));
+                }
                 Outcome::TopicBlocked(reason)
             }
             // What follows must not go before this one has.

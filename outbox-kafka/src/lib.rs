@@ -7,6 +7,7 @@ mod context;
 mod error;
 mod headers;
 mod producer;
+mod refused;
 mod sink;
 mod suspects;
 mod topics;

@@ -11,10 +11,10 @@ use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 
-use crate::classify::Class;
 use crate::config::Redactor;
 use crate::context::{Context, GAPLESS};
 use crate::error;
+use crate::refused::Refused;
 use crate::suspects::Suspects;
 use crate::topics;
 use crate::tracker::{Closing, Tracker};
@@ -27,6 +27,7 @@ pub(crate) struct Recipe {
     pub(crate) config: ClientConfig,
     pub(crate) redactor: Redactor,
     pub(crate) suspects: Suspects,
+    pub(crate) refused: Refused,
     /// After so long a silence the destination is out.
     pub(crate) silence: Duration,
     /// The same when the client has said that nobody can go.
@@ -63,7 +64,7 @@ impl fmt::Debug for Producer {
 
 impl Producer {
     pub(crate) fn new(recipe: &Recipe) -> Result<Self> {
-        let tracker = Tracker::new();
+        let tracker = Tracker::new(recipe.refused.clone());
         Ok(Self {
             fast: start(recipe, Lane::Fast, &tracker)?,
             recipe: recipe.clone(),
@@ -183,10 +184,7 @@ fn close_if_topics_are_blocked(client: &Client, tracker: &Tracker, recipe: &Reci
         return false;
     }
     tracing::warn!(topics = ?blocked.keys(), "topics have become unwritable with messages under way");
-    tracker.close(Closing {
-        blocked,
-        ..Closing::new(Class::Unknown, "another topic was blocked and held everything up").draining()
-    });
+    tracker.close(Closing::blocked(blocked));
     true
 }
 

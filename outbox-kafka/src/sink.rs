@@ -18,6 +18,7 @@ use crate::config::KafkaConfig;
 use crate::error;
 use crate::headers;
 use crate::producer::{Client, Producer, Recipe};
+use crate::refused::{Refused, Unheard};
 use crate::suspects::Suspects;
 use crate::topics::{self, Answers};
 use crate::tracker::{Closing, Phase, Tracker, outcome};
@@ -29,7 +30,7 @@ use crate::tracker::{Closing, Phase, Tracker, outcome};
 /// - A message that librdkafka or the broker refuses for what it is, is [`Outcome::Poison`]; the key's successors go
 ///   on ([`SinkCapabilities::stops_key_at_failure`] is false).
 /// - A topic that is unknown or forbidden is [`Outcome::TopicBlocked`], mostly before anything is sent; so is one that
-///   refuses the time of this machine's clock.
+///   refuses the time of this machine's clock. So is what follows of it, until the relay has heard.
 /// - Silence is an outage: see [`KafkaConfig::outage_after`]. Its reason is what the client said last (wrong password,
 ///   unknown certificate, connection refused).
 /// - After an outage, a fatal error or a purge the producer is thrown away and a new one made.
@@ -81,6 +82,7 @@ impl KafkaSink {
                 config: config.prepare()?,
                 redactor: config.redactor(),
                 suspects: Suspects::default(),
+                refused: Refused::default(),
                 silence: config.outage_after,
                 silence_after_error: config.outage_after_error,
             },
@@ -119,8 +121,25 @@ impl KafkaSink {
         }
     }
 
+    /// The receipt of a batch that comes too late for a producer.
+    fn refuse(&self, batch: &[Record], unheard: Unheard, closing: &Closing) -> Receipt {
+        let outcomes = batch.iter().map(|record| {
+            let topic = record.message.topic();
+            let outcome = closing.outcome(topic);
+            self.recipe
+                .refused
+                .note(topic, &outcome, &Arc::downgrade(&unheard));
+            outcome
+        });
+        let outcomes = outcomes.collect();
+        Receipt::pending(async move {
+            drop(unheard);
+            outcomes
+        })
+    }
+
     /// Asks for topics that were not asked for before: those that cannot be written to, with the reason.
-    async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Reason)> {
+    async fn blocked_topics(&mut self, batch: &[Record]) -> Vec<(Arc<str>, Outcome)> {
         let Some(producer) = &self.producer else {
             return Vec::new();
         };
@@ -164,7 +183,7 @@ impl KafkaSink {
         let mut blocked = Vec::new();
         for (topic, answer) in topics {
             match answer {
-                Some(reason) => blocked.push((topic, reason)),
+                Some(reason) => blocked.push((topic, Outcome::TopicBlocked(reason))),
                 None => {
                     self.known.insert(topic);
                 }
@@ -187,11 +206,16 @@ impl Sink for KafkaSink {
         if batch.is_empty() {
             return Receipt::ready(Vec::new());
         }
+        let (unheard, _open) = self.recipe.refused.begin();
         self.replace_if_nobody_is_concerned().await;
         if let Err(error) = self.ensure_producer() {
             return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
         }
-        let blocked = self.blocked_topics(&batch).await;
+        for (topic, outcome) in self.blocked_topics(&batch).await {
+            self.recipe
+                .refused
+                .note(&topic, &outcome, &Arc::downgrade(&unheard));
+        }
         let Some(producer) = &mut self.producer else {
             return Receipt::ready(vec![Outcome::Skipped; batch.len()]);
         };
@@ -202,8 +226,7 @@ impl Sink for KafkaSink {
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
             tracker.make_purge_due();
-            let outcomes = batch.iter().map(|record| closing.outcome(record.message.topic()));
-            return Receipt::ready(outcomes.collect());
+            return self.refuse(&batch, unheard, &closing);
         }
         let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
         let careful = if suspects.is_empty() {
@@ -224,7 +247,7 @@ impl Sink for KafkaSink {
             .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
             .collect();
         let topics = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
-        let (first, outcomes) = tracker.register(topics);
+        let (first, outcomes) = tracker.register(topics, &unheard);
         for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
             if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
                 tokio::task::yield_now().await;
@@ -233,8 +256,8 @@ impl Sink for KafkaSink {
                 tracker.resolve(number, Outcome::Poison(reason));
                 continue;
             }
-            if let Some((_, reason)) = blocked.iter().find(|(topic, _)| *topic == parts.topic) {
-                tracker.resolve(number, Outcome::TopicBlocked(reason.clone()));
+            if let Some(reason) = self.recipe.refused.reason(&parts.topic) {
+                tracker.resolve(number, Outcome::TopicBlocked(reason));
                 continue;
             }
             let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
@@ -254,9 +277,11 @@ impl Sink for KafkaSink {
             }
         }
         Receipt::pending(async move {
-            outcomes.await.unwrap_or_else(|_| {
+            let outcomes = outcomes.await.unwrap_or_else(|_| {
                 vec![Outcome::Unknown("the producer ended without a word".into()); messages]
-            })
+            });
+            drop(unheard);
+            outcomes
         })
     }
 
@@ -300,20 +325,19 @@ impl Sink for KafkaSink {
     }
 
     async fn purge(&mut self) {
-        let idle = |producer: &Producer| !producer.tracker.is_closed() && producer.tracker.open() == 0;
-        // Nothing was handed over that could still leave.
-        if self.producer.as_ref().is_some_and(idle) {
-            return;
-        }
-        if let Some(producer) = self.producer.take() {
+        // One that has nothing can go on.
+        let idle = |producer: &mut Producer| !producer.tracker.is_closed() && producer.tracker.open() == 0;
+        if let Some(producer) = self.producer.take_if(|producer| !idle(producer)) {
             discard(producer, "dropped by the relay").await;
         }
+        self.recipe.refused.forget();
     }
 
     async fn rebuild(&mut self) -> Result<()> {
         if let Some(producer) = self.producer.take() {
             discard(producer, "the producer is made anew").await;
         }
+        self.recipe.refused.forget();
         self.ensure_producer()
     }
 }

@@ -6,13 +6,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use outbox_core::{Outcome, Reason};
 use tokio::sync::{Notify, oneshot, watch};
 
 use crate::classify::Class;
+use crate::refused::{Refused, Unheard};
 
 /// How far a producer's end has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,6 +46,14 @@ impl Closing {
             reason: reason.into(),
             drain: false,
             blocked: HashMap::new(),
+        }
+    }
+
+    /// Because of these topics, which are blocked.
+    pub(crate) fn blocked(topics: HashMap<Arc<str>, Reason>) -> Self {
+        Self {
+            blocked: topics,
+            ..Self::new(Class::Unknown, "another topic was blocked and held everything up").draining()
         }
     }
 
@@ -83,6 +92,7 @@ pub(crate) struct Tracker {
     /// Whether a publisher waits for room; spares the reports the notification.
     waiting: AtomicBool,
     progress: Notify,
+    refused: Refused,
     /// Messages that the careful lane has.
     careful: AtomicUsize,
     phase: watch::Sender<Phase>,
@@ -137,12 +147,19 @@ struct Batch {
     open: usize,
     since: Instant,
     receipt: oneshot::Sender<Vec<Outcome>>,
+    unheard: Weak<()>,
 }
 
 impl Batch {
-    fn resolve(self, rest: impl Fn(&str) -> Outcome) {
+    fn resolve(self, refused: &Refused, rest: impl Fn(&str) -> Outcome) {
         let outcomes = std::iter::zip(self.outcomes, &self.topics)
-            .map(|(outcome, topic)| outcome.unwrap_or_else(|| rest(topic)))
+            .map(|(outcome, topic)| {
+                outcome.unwrap_or_else(|| {
+                    let outcome = rest(topic);
+                    refused.note(topic, &outcome, &self.unheard);
+                    outcome
+                })
+            })
             .collect();
         // The relay may have dropped the receipt: then nobody waits.
         let _ = self.receipt.send(outcomes);
@@ -150,7 +167,7 @@ impl Batch {
 }
 
 impl Tracker {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new(refused: Refused) -> Arc<Self> {
         Arc::new(Self {
             table: Mutex::new(Table {
                 batches: VecDeque::new(),
@@ -168,6 +185,7 @@ impl Tracker {
             closed: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
             progress: Notify::new(),
+            refused,
             careful: AtomicUsize::new(0),
             phase: watch::Sender::new(Phase::Open),
         })
@@ -179,7 +197,11 @@ impl Tracker {
     }
 
     /// Makes room for a batch's outcomes: the number of its first message, and where they will appear.
-    pub(crate) fn register(&self, topics: Vec<Arc<str>>) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
+    pub(crate) fn register(
+        &self,
+        topics: Vec<Arc<str>>,
+        unheard: &Unheard,
+    ) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
         let (receipt, outcomes) = oneshot::channel();
         let messages = topics.len();
         let now = Instant::now();
@@ -197,6 +219,7 @@ impl Tracker {
             outcomes: vec![None; messages],
             open: messages,
             receipt,
+            unheard: Arc::downgrade(unheard),
         });
         (first, outcomes)
     }
@@ -211,10 +234,10 @@ impl Tracker {
     pub(crate) fn resolve(&self, number: usize, outcome: Outcome) {
         let done = {
             let mut table = self.table();
-            table.resolve(number, outcome)
+            table.resolve(number, outcome, &self.refused)
         };
         if let Some(batch) = done {
-            batch.resolve(|_| Outcome::Skipped);
+            batch.resolve(&self.refused, |_| Outcome::Skipped);
         }
     }
 
@@ -226,10 +249,10 @@ impl Tracker {
             if outcome == Outcome::Delivered {
                 table.trouble = None;
             }
-            table.resolve(number, outcome)
+            table.resolve(number, outcome, &self.refused)
         };
         if let Some(batch) = done {
-            batch.resolve(|_| Outcome::Skipped);
+            batch.resolve(&self.refused, |_| Outcome::Skipped);
         }
         if self.waiting.load(Ordering::Relaxed) {
             self.progress.notify_one();
@@ -248,6 +271,15 @@ impl Tracker {
 
     pub(crate) fn careful_is_empty(&self) -> bool {
         self.careful.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether messages of the topic that were handed over behind this one are not resolved.
+    pub(crate) fn has_successors(&self, number: usize, topic: &str) -> bool {
+        let table = self.table();
+        table.batches.iter().any(|batch| {
+            std::iter::zip(batch.first.., std::iter::zip(&batch.topics, &batch.outcomes))
+                .any(|(other, (own, outcome))| other > number && outcome.is_none() && **own == *topic)
+        })
     }
 
     /// A topic turned out to be unwritable.
@@ -322,7 +354,7 @@ impl Tracker {
             (std::mem::take(&mut table.batches), table.closing.clone())
         };
         for batch in batches {
-            batch.resolve(|topic| {
+            batch.resolve(&self.refused, |topic| {
                 closing.as_ref().map_or_else(
                     || Outcome::Unknown("the producer has ended".into()),
                     |closing| closing.outcome(topic),
@@ -457,7 +489,7 @@ pub(crate) struct Silence {
 const STALE: Duration = Duration::from_secs(30);
 
 impl Table {
-    fn resolve(&mut self, number: usize, outcome: Outcome) -> Option<Batch> {
+    fn resolve(&mut self, number: usize, outcome: Outcome, refused: &Refused) -> Option<Batch> {
         let index = self
             .batches
             .partition_point(|batch| batch.first <= number)
@@ -471,6 +503,7 @@ impl Table {
             outcome,
             Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_)
         );
+        refused.note(&batch.topics[number - batch.first], &outcome, &batch.unheard);
         *slot = Some(outcome);
         batch.open -= 1;
         let done = batch.open == 0;
@@ -489,9 +522,9 @@ mod tests {
 
     #[test]
     fn each_batch_gets_its_outcomes_in_order_whatever_the_order_of_reports() {
-        let tracker = Tracker::new();
-        let (first, mut one) = tracker.register(topics(2));
-        let (second, mut two) = tracker.register(topics(3));
+        let tracker = Tracker::new(Refused::default());
+        let (first, mut one) = tracker.register(topics(2), &Unheard::default());
+        let (second, mut two) = tracker.register(topics(3), &Unheard::default());
         assert_eq!((first, second), (0, 2));
         for number in [4, 1, 2, 3] {
             tracker.report(number, Outcome::Delivered);
@@ -508,8 +541,8 @@ mod tests {
 
     #[test]
     fn what_is_left_at_the_end_is_resolved_by_its_reason_and_late_reports_are_ignored() {
-        let tracker = Tracker::new();
-        let (_, mut outcomes) = tracker.register(topics(2));
+        let tracker = Tracker::new(Refused::default());
+        let (_, mut outcomes) = tracker.register(topics(2), &Unheard::default());
         tracker.report(0, Outcome::Delivered);
         tracker.close(Closing::new(Class::Outage, "gone"));
         tracker.close(Closing::new(Class::Broken, "the second reason does not count"));
@@ -525,10 +558,10 @@ mod tests {
 
     #[test]
     fn silence_is_an_outage_sooner_when_the_client_says_so() {
-        let tracker = Tracker::new();
+        let tracker = Tracker::new(Refused::default());
         let (long, short, none) = (Duration::from_secs(60), Duration::ZERO, Duration::ZERO);
         assert!(tracker.silent(none, none).is_none(), "nothing waits");
-        let (number, _outcomes) = tracker.register(topics(1));
+        let (number, _outcomes) = tracker.register(topics(1), &Unheard::default());
         assert!(tracker.silent(long, short).is_none());
         tracker.trouble(Telling::Connection, "one of three is down", false);
         assert!(tracker.silent(long, short).is_none());

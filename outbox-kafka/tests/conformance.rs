@@ -35,7 +35,7 @@ const IN_FLIGHT: usize = 10;
 
 enum Order {
     Down,
-    Up,
+    Heal,
     Delay,
     Break,
     BlockTopic,
@@ -54,7 +54,10 @@ impl Cluster {
             for order in inbox {
                 match order {
                     Order::Down => cluster.broker_down(1).unwrap(),
-                    Order::Up => {
+                    Order::Heal => {
+                        cluster
+                            .topic_error(TOPICS[1], Error::RD_KAFKA_RESP_ERR_NO_ERROR)
+                            .unwrap();
                         cluster.clear_request_errors(Api::Produce);
                         cluster.broker_up(1).unwrap();
                     }
@@ -113,12 +116,16 @@ impl SinkHarness for Mock {
         let order = match fault {
             SinkFault::Block => Order::BlockTopic,
             SinkFault::Outage => Order::Down,
-            SinkFault::Heal => Order::Up,
+            SinkFault::Heal => Order::Heal,
             SinkFault::Break => Order::Break,
             SinkFault::Delay => Order::Delay,
             other => panic!("{other:?} is not among the faults of this harness"),
         };
-        self.blocked.fetch_or(matches!(order, Order::BlockTopic), Relaxed);
+        match order {
+            Order::BlockTopic => self.blocked.store(true, Relaxed),
+            Order::Heal => self.blocked.store(false, Relaxed),
+            Order::Down | Order::Delay | Order::Break => {}
+        }
         self.cluster.lock().unwrap().0.send(order).unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -11,7 +11,7 @@ use common::rdkafka::Message as _;
 use common::rdkafka::mocking::MockCluster;
 use common::rdkafka::producer::DefaultProducerContext;
 use common::rdkafka::types::{RDKafkaApiKey as Api, RDKafkaRespErr as Error};
-use common::{deliver, payloads, publish, quick, read_all, record, text, within};
+use common::{count, deliver, payloads, publish, quick, read_all, record, text, within};
 use outbox_core::{Message, Outcome, Sink};
 use outbox_kafka::{KafkaConfig, KafkaSink};
 
@@ -92,6 +92,42 @@ async fn a_forbidden_topic_is_blocked_and_others_flow() {
         assert!(reason.as_str().contains("topic t"), "{reason}");
         let (outcomes, _) = deliver(&mut sink, vec![text("other", "k", "v")]).await;
         assert_eq!(outcomes, [Outcome::Delivered], "{error:?}");
+    }
+}
+
+/// Each goes for itself then, and librdkafka goes on behind a refusal.
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_refusal_of_the_topic_only_what_is_on_the_wire_goes_on() {
+    let refusals = [
+        Error::RD_KAFKA_RESP_ERR_INVALID_TIMESTAMP,
+        Error::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED,
+    ];
+    for error in refusals {
+        let cluster = cluster();
+        let mut sink = sink(&cluster);
+        let poison = Error::RD_KAFKA_RESP_ERR_POLICY_VIOLATION;
+        cluster.request_errors(Api::Produce, &[poison, poison]);
+        deliver(&mut sink, one()).await;
+
+        cluster
+            .broker_round_trip_time(1, Duration::from_millis(100))
+            .unwrap();
+        cluster.request_errors(Api::Produce, &[error]);
+        let batch = (0..200).map(|n| text("t", "k", n.to_string())).collect();
+        let outcomes = publish(&mut sink, batch).await;
+        let classes = count(&outcomes);
+        assert_eq!(outcomes[0].as_str(), "topic_blocked", "{error:?}: {classes:?}");
+        // Five requests go at a time, and their answers make room for five more before anybody can say no. A real broker
+        // refuses these, too, if it has had something of the producer before.
+        let delivered = classes.get("delivered").copied().unwrap_or(0);
+        assert!(delivered < 10, "{error:?}: {classes:?}");
+        assert_eq!(
+            classes["topic_blocked"],
+            200 - delivered,
+            "{error:?}: {classes:?}"
+        );
+        // Nobody has to purge for this.
+        assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered], "{error:?}");
     }
 }
 

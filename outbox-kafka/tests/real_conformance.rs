@@ -92,6 +92,7 @@ impl SinkHarness for Real {
     async fn inject(&self, fault: SinkFault, _: MessageId) {
         match fault {
             SinkFault::Block => delete(&TOPICS[1..]).await,
+            SinkFault::Heal => create_topic(TOPICS[1], 4, &[]).await,
             other => panic!("{other:?} is not among the faults of this harness"),
         }
     }

@@ -198,7 +198,8 @@ pub enum SinkFault {
     Block,
     /// The destination cannot be reached ([`crate::Outcome::Outage`], or silence until a purge).
     Outage,
-    /// The destination is well again. A harness that lists [`SinkFault::Outage`] or [`SinkFault::Break`] can heal, too.
+    /// The destination is well again, with all of its topics. A harness that lists [`SinkFault::Block`],
+    /// [`SinkFault::Outage`] or [`SinkFault::Break`] can heal, too.
     Heal,
     /// The sink breaks when the message is sent ([`crate::Outcome::Broken`]): it goes on only when it was rebuilt.
     Break,

@@ -174,6 +174,7 @@ macro_rules! __for_each_sink_scenario {
             failure::retry_stops_key [Refuse, StopsKey];
             failure::retry_needs_stopping [Refuse, GoesOn];
             failure::blocked_topic_lets_others_flow [Block];
+            failure::blocked_topic_stops_key [Block];
             failure::broken_is_rebuilt [Break];
 
             outage::outage_blames_nobody [Outage];

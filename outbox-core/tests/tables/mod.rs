@@ -536,6 +536,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "dropped_receipt_does_no_harm",
         "failure_stops_key",
         "retry_stops_key",
+        "blocked_topic_stops_key",
         "broken_is_rebuilt",
         "outage_blames_nobody",
         "outage_stops_key",
@@ -553,6 +554,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "failure_stops_key",
         "retry_stops_key",
         "blocked_topic_lets_others_flow",
+        "blocked_topic_stops_key",
         "broken_is_rebuilt",
         "outage_blames_nobody",
         "purge_resolves_everything",
@@ -573,6 +575,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "failure_stops_key",
         "retry_stops_key",
         "blocked_topic_lets_others_flow",
+        "blocked_topic_stops_key",
         "broken_is_rebuilt",
         "outage_blames_nobody",
         "outage_stops_key",
@@ -587,6 +590,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "failure_stops_key",
         "retry_stops_key",
         "blocked_topic_lets_others_flow",
+        "blocked_topic_stops_key",
         "broken_is_rebuilt",
     ]),
     (SinkFlaw::PoisonFailsBatch, &[
@@ -602,19 +606,24 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
     (SinkFlaw::GoesOnAfterFailure, &[
         "failure_stops_key",
         "retry_stops_key",
+        "blocked_topic_stops_key",
     ]),
     (SinkFlaw::RetriesThoughItGoesOn, &[
         "retry_needs_stopping",
+        "blocked_topic_stops_key",
     ]),
     (SinkFlaw::BlocksEverything, &[
         "blocked_topic_lets_others_flow",
+        "blocked_topic_stops_key",
     ]),
+    (SinkFlaw::ForgetsBlock, &["blocked_topic_stops_key"]),
     (SinkFlaw::OutageIsPoison, &[
         "outage_blames_nobody",
     ]),
     (SinkFlaw::ForgetsOutage, &[
         "failure_stops_key",
         "retry_stops_key",
+        "blocked_topic_stops_key",
         "outage_stops_key",
     ]),
     (SinkFlaw::ProbeSaysYes, &[
@@ -654,6 +663,7 @@ pub(crate) const SINKS: &[(SinkFlaw, &[&str])] = &[
         "failure_stops_key",
         "retry_stops_key",
         "blocked_topic_lets_others_flow",
+        "blocked_topic_stops_key",
     ]),
     (SinkFlaw::LosesHeaders, &[
         "content_arrives",

@@ -65,6 +65,8 @@ flaws! {
         RetriesThoughItGoesOn,
         /// Blocks all topics for one.
         BlocksEverything,
+        /// Goes on with a key when its topic takes messages again, though its caller knows of nothing.
+        ForgetsBlock,
         /// Takes an outage for a failure of each message.
         OutageIsPoison,
         /// Goes on with a key after an outage, though its caller knows of nothing.
@@ -127,6 +129,7 @@ impl SinkHarness for BrokenSink {
             aside: Arc::default(),
             purges: watch::Sender::new(0),
             batches: AtomicU64::new(0),
+            ended: false,
         })
     }
 
@@ -153,7 +156,10 @@ impl SinkHarness for BrokenSink {
                 self.inner.fail(MemoryFault::new(blocked).topic(TOPICS[1]));
             }
             SinkFault::Outage => self.inner.begin_outage("nobody home"),
-            SinkFault::Heal => self.inner.end_outage(),
+            SinkFault::Heal => {
+                self.inner.end_outage();
+                self.inner.clear_faults();
+            }
             SinkFault::Delay => self.inner.set_latency(Duration::from_millis(200)),
         }
     }
@@ -175,6 +181,7 @@ struct FlawedSink {
     aside: Arc<Mutex<Option<Vec<Record>>>>,
     purges: watch::Sender<u64>,
     batches: AtomicU64,
+    ended: bool,
 }
 
 #[async_trait]
@@ -190,6 +197,9 @@ impl Sink for FlawedSink {
         let count = batch.len();
         let mut batch: Vec<Record> = batch.into_iter().map(|record| self.spoil(record)).collect();
         let number = self.batches.fetch_add(1, SeqCst);
+        if self.ended {
+            return Receipt::ready(vec![Outcome::Unknown("closed".into()); count]);
+        }
         match self.flaw {
             SinkFlaw::ReordersUnderPressure if count >= 200 => {
                 batch.rotate_left(100);
@@ -219,6 +229,9 @@ impl Sink for FlawedSink {
             }
             SinkFlaw::GoesOnAfterFailure | SinkFlaw::RetriesThoughItGoesOn => self.go_on(batch).await,
             SinkFlaw::ForgetsOutage => self.forget_outage(batch).await,
+            SinkFlaw::ForgetsBlock if batch.iter().any(|record| record.message.topic() == TOPICS[1]) => {
+                self.go_on(batch).await
+            }
             SinkFlaw::PurgeDropsNothing | SinkFlaw::PurgeLeavesReceiptsOpen => {
                 let receipt = self.inner.publish(batch).await;
                 Receipt::pending(until_purge(receipt, self.purges.subscribe(), self.flaw, count))
@@ -250,8 +263,7 @@ impl Sink for FlawedSink {
             SinkFlaw::PurgeDropsNothing => {}
             SinkFlaw::PurgeEndsIt => {
                 self.inner.purge().await;
-                self.inner
-                    .fail(MemoryFault::new(Outcome::Unknown("closed".into())));
+                self.ended = true;
             }
             _ => self.inner.purge().await,
         }

@@ -90,6 +90,42 @@ pub async fn blocked_topic_lets_others_flow<H: SinkHarness>() {
     assert_eq!(arrived.len(), 5, "{arrived:?}");
 }
 
+/// Behind a message whose topic is blocked nothing of its key that the sink already has is delivered, though the topic takes
+/// messages again.
+pub async fn blocked_topic_stops_key<H: SinkHarness>() {
+    let mut bench = Bench::<H>::fresh().await;
+    let key: Vec<_> = (1..=3)
+        .map(|number| bench.record(1, Some("a"), &format!("a{number}")))
+        .collect();
+    let others = bench.series("b", 2);
+    bench.inject(SinkFault::Block, None).await;
+    let first = bench.publish(&[key[0].clone(), others[0].clone()]).await;
+    bench.inject(SinkFault::Heal, None).await;
+    let second = bench
+        .publish(&[key[1].clone(), others[1].clone(), key[2].clone()])
+        .await;
+    // Only now whoever published can know of the first one.
+    let first = outcomes(first, 2).await;
+    let second = outcomes(second, 3).await;
+    let ahead = [&first[0], &second[0], &second[2]]
+        .into_iter()
+        .take_while(|outcome| **outcome == Outcome::Delivered)
+        .count();
+    assert_eq!(
+        bench.arrived("a").await.len(),
+        ahead,
+        "a topic was blocked and takes messages again: what follows of a key must wait until it is heard that one of the \
+         key was refused: {first:?}, {second:?}"
+    );
+    assert_eq!(
+        (first[1].as_str(), second[1].as_str()),
+        ("delivered", "delivered"),
+        "one topic is blocked, and others must go: {first:?}, {second:?}"
+    );
+    bench.send_all(&key[ahead..]).await;
+    bench.expect_no_gap("a", 3).await;
+}
+
 /// After a broken sink was rebuilt everything can be sent again, without a gap.
 pub async fn broken_is_rebuilt<H: SinkHarness>() {
     let mut bench = Bench::<H>::fresh().await;

@@ -199,7 +199,7 @@ impl World {
             0..12 if self.rough => self.produce(),
             12..20 => self.end_transaction(),
             20..23 if self.rough => self.disturb(),
-            20..23 => self.heal_topics(),
+            20..23 => self.blocked.clear(),
             23..30 => {
                 let passed = match self.random.u8(..20) {
                     0 if self.rough => Duration::from_millis(self.random.u64(300..1200)),
@@ -350,7 +350,7 @@ impl World {
             }
             6..8 => {
                 let topic: Arc<str> = ["a", "b"][self.random.usize(..2)].into();
-                if !self.under_way() && !self.blocked.remove(&topic) {
+                if !self.blocked.remove(&topic) {
                     self.blocked.insert(topic);
                 }
             }
@@ -384,17 +384,6 @@ impl World {
                 }
                 self.orphans = orphans;
             }
-        }
-    }
-
-    /// A topic changes only while nothing of it is under way: no sink could keep order otherwise.
-    fn under_way(&self) -> bool {
-        self.relays.iter().any(|relay| !relay.sink.open.is_empty())
-    }
-
-    fn heal_topics(&mut self) {
-        if !self.under_way() {
-            self.blocked.clear();
         }
     }
 

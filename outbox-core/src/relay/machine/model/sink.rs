@@ -84,8 +84,7 @@ impl World {
         };
         for (index, record) in records.into_iter().enumerate() {
             let key = record.message.order_key();
-            let skip = self.stops_key
-                && key.is_some_and(|key| relay.sink.open.values().any(|open| open.failed.contains(&key)));
+            let skip = key.is_some_and(|key| relay.sink.open.values().any(|open| open.failed.contains(&key)));
             relay.sink.queue.push_back(Item {
                 batch,
                 index,
@@ -124,10 +123,8 @@ impl World {
         let failed = !matches!(outcome, Outcome::Delivered | Outcome::Poison(_))
             || (outcome != Outcome::Delivered && self.stops_key);
         if failed && let Some(key) = item.record.message.order_key() {
-            if self.stops_key {
-                for later in &mut relay.sink.queue {
-                    later.skip |= later.record.message.order_key().as_ref() == Some(&key);
-                }
+            for later in &mut relay.sink.queue {
+                later.skip |= later.record.message.order_key().as_ref() == Some(&key);
             }
             if let Some(receipt) = relay.sink.open.get_mut(&item.batch) {
                 receipt.failed.insert(key);
