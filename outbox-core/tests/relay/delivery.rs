@@ -205,24 +205,31 @@ async fn a_drain_ends_though_keys_are_parked() {
 
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends_when_others_have_delivered_what_is_theirs() {
-    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
-    sink.set_latency(SECOND * 5);
-    let other = start("a", &store, &sink, config());
-    sleep(SECOND).await;
-    store.enqueue("t", Some("k"), "1").await;
-    sleep(SECOND / 2).await;
-    let (begin, before) = (Instant::now(), store.calls("stats"));
-    let drain = relay("b", &store, &MemorySink::new(), config()).drain(std::future::pending());
-    timeout(MINUTE, drain).await.unwrap().unwrap();
-    let took = begin.elapsed();
-    assert_eq!(texts(&sink.delivered()), ["1"]);
-    assert!((SECOND * 4..SECOND * 6).contains(&took), "{took:?}");
-    let looks = store.calls("stats") - before;
-    assert!(
-        (20..=35).contains(&looks),
-        "it looks five times a second: {looks}"
-    );
-    other.stop().await;
+    // Of one shard the other has all, and nothing but its looking keeps the drain awake.
+    for shards in [8, 1] {
+        let sharded = MemoryConfig {
+            shards,
+            ..MemoryConfig::default()
+        };
+        let (store, sink) = (Store::new(sharded), MemorySink::new());
+        sink.set_latency(SECOND * 5);
+        let other = start("a", &store, &sink, config());
+        sleep(SECOND).await;
+        store.enqueue("t", Some("k"), "1").await;
+        sleep(SECOND / 2).await;
+        let (begin, before) = (Instant::now(), store.calls("stats"));
+        let drain = relay("b", &store, &MemorySink::new(), config()).drain(std::future::pending());
+        timeout(MINUTE, drain).await.unwrap().unwrap();
+        let took = begin.elapsed();
+        assert_eq!(texts(&sink.delivered()), ["1"]);
+        assert!((SECOND * 4..SECOND * 6).contains(&took), "{took:?}");
+        let looks = store.calls("stats") - before;
+        assert!(
+            (20..=35).contains(&looks),
+            "it looks five times a second: {looks} of {shards} shards"
+        );
+        other.stop().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
