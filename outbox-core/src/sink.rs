@@ -24,7 +24,7 @@ use crate::fetch::Record;
 /// - `Delivered` **MUST** mean durably accepted by the destination (`delivered_is_durable`).
 /// - After `Outage`, `Unknown` or `Broken` none of the key's successors that the sink already has is delivered
 ///   until the relay has called [`purge`](Self::purge) (`outage_stops_key`). After `TopicBlocked` none is until its
-///   receipt has resolved, whatever the topic takes by then: they are `TopicBlocked` or `Skipped`
+///   receipt has resolved, whatever the topic takes by then: they are `TopicBlocked`, `Skipped` or `Unknown`
 ///   (`blocked_topic_stops_key`). With [`SinkCapabilities::stops_key_at_failure`] neither after `Poison` and `Retry`:
 ///   they are `Skipped` (`failure_stops_key`, `retry_stops_key`). The sink
 ///   "already has" what was handed over, that is for which `publish` was first polled, before the failure's receipt

@@ -70,9 +70,14 @@ pub(crate) fn classify(code: Code) -> Class {
         // What librdkafka refuses before it sends anything.
         Code::InvalidArgument | Code::BadMessage => Class::Poison,
 
-        code if (code as i32) > 0 => Class::Poison,
+        code if !is_local(code) => Class::Poison,
         _ => Class::Unknown,
     }
+}
+
+/// Whether it is librdkafka's own error and no broker's.
+pub(crate) const fn is_local(code: Code) -> bool {
+    (code as i32) <= 0
 }
 
 #[cfg(test)]

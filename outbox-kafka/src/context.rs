@@ -1,19 +1,19 @@
 //! What librdkafka calls back.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use outbox_core::{Outcome, Reason};
 use rdkafka::ClientContext;
 use rdkafka::Message;
 use rdkafka::config::RDKafkaLogLevel as Level;
 use rdkafka::error::KafkaError;
-use rdkafka::producer::{DeliveryResult, ProducerContext};
+use rdkafka::producer::{DeliveryResult, Producer as _, ProducerContext, PurgeConfig};
 use rdkafka::types::RDKafkaErrorCode as Code;
 
-use crate::classify::{Class, classify};
+use crate::classify::{Class, classify, is_local};
 use crate::config::Redactor;
-use crate::producer::Lane;
+use crate::producer::{Client, Lane};
 use crate::suspects::Suspects;
 use crate::tracker::{Closing, Telling, Tracker, outcome};
 
@@ -25,6 +25,8 @@ pub(crate) struct Context {
     pub(crate) suspects: Suspects,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) redactor: Redactor,
+    /// Whose context it is.
+    pub(crate) client: OnceLock<Weak<Client>>,
 }
 
 impl ClientContext for Context {
@@ -134,15 +136,27 @@ impl Context {
                     self.suspects.add(topic);
                 }
                 self.tracker.note_unwritable(topic);
-                // The topic may take what follows, which must not go before this one has.
-                if self.tracker.has_successors(number, topic) {
-                    let blocked = HashMap::from([(topic.into(), reason.clone())]);
+                let outcome = Outcome::TopicBlocked(reason.clone());
+                let has_successors = self.tracker.refuse_topic(number, topic, &outcome);
+                // The topic may take what follows, which must not go before this one has. What librdkafka itself ends, it
+                // ends for all of the topic.
+                if has_successors && !is_local(code) {
+                    let blocked = HashMap::from([(topic.into(), reason)]);
                     self.tracker.close(Closing::blocked(blocked));
+                    self.drop_queue();
                 }
-                Outcome::TopicBlocked(reason)
+                outcome
             }
             // What follows must not go before this one has.
             (Class::Outage | Class::Unknown | Class::Broken, _) => self.close(class, reason, topic),
+        }
+    }
+
+    /// At once, and not only when all that has happened meanwhile is told.
+    fn drop_queue(&self) {
+        if let Some(client) = self.client.get().and_then(Weak::upgrade) {
+            self.tracker.settle_in();
+            client.purge(PurgeConfig::default().queue());
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -93,10 +93,13 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
         tracker: tracker.clone(),
         redactor: recipe.redactor.clone(),
         suspects: recipe.suspects.clone(),
+        client: OnceLock::new(),
     };
     let client = Client::from_config_and_context(&config, context)
         .map_err(|error| error::configuration(&error, &recipe.redactor))?;
     let client = Arc::new(client);
+    // It has none yet.
+    let _ = client.client().context().client.set(Arc::downgrade(&client));
     tracker.lane_starts();
     let thread = thread::Builder::new().name("outbox-kafka".into()).spawn({
         let (client, tracker, recipe) = (client.clone(), tracker.clone(), recipe.clone());
@@ -191,17 +194,18 @@ fn close_if_topics_are_blocked(client: &Client, tracker: &Tracker, recipe: &Reci
 /// Drops what the client has.
 fn purge(client: &Client, tracker: &Tracker) {
     tracker.settle_in();
-    client.purge(PurgeConfig::default().queue());
     if tracker.closing().is_some_and(|closing| closing.drain) {
-        serve_until_empty(client, DRAIN);
+        // What is to be tried again must not go out either.
+        serve_until_empty(client, DRAIN, || client.purge(PurgeConfig::default().queue()));
     }
     client.purge(PurgeConfig::default().queue().inflight());
-    serve_until_empty(client, PURGED);
+    serve_until_empty(client, PURGED, || ());
 }
 
-fn serve_until_empty(client: &Client, limit: Duration) {
+fn serve_until_empty(client: &Client, limit: Duration, before: impl Fn()) {
     let end = Instant::now() + limit;
     while client.in_flight_count() > 0 && Instant::now() < end {
+        before();
         client.poll(Duration::from_millis(5));
     }
 }

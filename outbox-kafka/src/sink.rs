@@ -21,7 +21,7 @@ use crate::producer::{Client, Producer, Recipe};
 use crate::refused::{Refused, Unheard};
 use crate::suspects::Suspects;
 use crate::topics::{self, Answers};
-use crate::tracker::{Closing, Phase, Tracker, outcome};
+use crate::tracker::{Closing, Phase, Tracker, makes_purge, outcome};
 
 /// Publishes to Kafka.
 ///
@@ -30,7 +30,7 @@ use crate::tracker::{Closing, Phase, Tracker, outcome};
 /// - A message that librdkafka or the broker refuses for what it is, is [`Outcome::Poison`]; the key's successors go
 ///   on ([`SinkCapabilities::stops_key_at_failure`] is false).
 /// - A topic that is unknown or forbidden is [`Outcome::TopicBlocked`], mostly before anything is sent; so is one that
-///   refuses the time of this machine's clock. So is what follows of it, until the relay has heard.
+///   refuses the time of this machine's clock. Nothing that follows of it goes out before the relay has heard.
 /// - Silence is an outage: see [`KafkaConfig::outage_after`]. Its reason is what the client said last (wrong password,
 ///   unknown certificate, connection refused).
 /// - After an outage, a fatal error or a purge the producer is thrown away and a new one made.
@@ -121,8 +121,26 @@ impl KafkaSink {
         }
     }
 
+    /// Ends the producer and waits for that, but not for ever. Dropped half-way it can be called again.
+    async fn discard(&mut self, why: &str) {
+        let Some(producer) = &self.producer else {
+            return;
+        };
+        let tracker = producer.tracker.clone();
+        tracker.close(Closing::new(Class::Unknown, why));
+        if !tracker.reached(Phase::Resolved, PURGE_LIMIT).await {
+            tracing::warn!("the kafka producer does not end; its messages are taken as unknown");
+            tracker.resolve_all();
+        }
+        // Its threads have the last references then, and destroy it.
+        self.producer = None;
+        if !tracker.reached(Phase::Gone, PURGE_LIMIT).await {
+            tracing::warn!("the threads of a kafka producer have not ended yet");
+        }
+    }
+
     /// The receipt of a batch that comes too late for a producer.
-    fn refuse(&self, batch: &[Record], unheard: Unheard, closing: &Closing) -> Receipt {
+    fn refuse(&self, batch: &[Record], unheard: Unheard, tracker: &Tracker, closing: &Closing) -> Receipt {
         let outcomes = batch.iter().map(|record| {
             let topic = record.message.topic();
             let outcome = closing.outcome(topic);
@@ -131,7 +149,10 @@ impl KafkaSink {
                 .note(topic, &outcome, &Arc::downgrade(&unheard));
             outcome
         });
-        let outcomes = outcomes.collect();
+        let outcomes: Vec<Outcome> = outcomes.collect();
+        if outcomes.iter().any(makes_purge) {
+            tracker.make_purge_due();
+        }
         Receipt::pending(async move {
             drop(unheard);
             outcomes
@@ -225,8 +246,7 @@ impl Sink for KafkaSink {
         }
         if let Some(closing) = tracker.closing() {
             // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
-            tracker.make_purge_due();
-            return self.refuse(&batch, unheard, &closing);
+            return self.refuse(&batch, unheard, &tracker, &closing);
         }
         let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
         let careful = if suspects.is_empty() {
@@ -326,34 +346,17 @@ impl Sink for KafkaSink {
 
     async fn purge(&mut self) {
         // One that has nothing can go on.
-        let idle = |producer: &mut Producer| !producer.tracker.is_closed() && producer.tracker.open() == 0;
-        if let Some(producer) = self.producer.take_if(|producer| !idle(producer)) {
-            discard(producer, "dropped by the relay").await;
+        let idle = |producer: &Producer| !producer.tracker.is_closed() && producer.tracker.open() == 0;
+        if !self.producer.as_ref().is_some_and(idle) {
+            self.discard("dropped by the relay").await;
         }
         self.recipe.refused.forget();
     }
 
     async fn rebuild(&mut self) -> Result<()> {
-        if let Some(producer) = self.producer.take() {
-            discard(producer, "the producer is made anew").await;
-        }
+        self.discard("the producer is made anew").await;
         self.recipe.refused.forget();
         self.ensure_producer()
-    }
-}
-
-/// Waits for a producer's end, but not for ever.
-async fn discard(producer: Producer, why: &str) {
-    let tracker = producer.tracker.clone();
-    tracker.close(Closing::new(Class::Unknown, why));
-    if !tracker.reached(Phase::Resolved, PURGE_LIMIT).await {
-        tracing::warn!("the kafka producer does not end; its messages are taken as unknown");
-        tracker.resolve_all();
-    }
-    // Its threads have the last references then, and destroy it.
-    drop(producer);
-    if !tracker.reached(Phase::Gone, PURGE_LIMIT).await {
-        tracing::warn!("the threads of a kafka producer have not ended yet");
     }
 }
 

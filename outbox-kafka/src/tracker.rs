@@ -151,19 +151,22 @@ struct Batch {
 }
 
 impl Batch {
-    fn resolve(self, refused: &Refused, rest: impl Fn(&str) -> Outcome) {
-        let outcomes = std::iter::zip(self.outcomes, &self.topics)
-            .map(|(outcome, topic)| {
-                outcome.unwrap_or_else(|| {
-                    let outcome = rest(topic);
-                    refused.note(topic, &outcome, &self.unheard);
-                    outcome
-                })
-            })
-            .collect();
+    fn resolve(self) {
+        let outcomes = self
+            .outcomes
+            .into_iter()
+            .map(|outcome| outcome.unwrap_or(Outcome::Skipped));
         // The relay may have dropped the receipt: then nobody waits.
-        let _ = self.receipt.send(outcomes);
+        let _ = self.receipt.send(outcomes.collect());
     }
+}
+
+/// Whether the relay purges when it hears this.
+pub(crate) fn makes_purge(outcome: &Outcome) -> bool {
+    matches!(
+        outcome,
+        Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_)
+    )
 }
 
 impl Tracker {
@@ -237,7 +240,7 @@ impl Tracker {
             table.resolve(number, outcome, &self.refused)
         };
         if let Some(batch) = done {
-            batch.resolve(&self.refused, |_| Outcome::Skipped);
+            batch.resolve();
         }
     }
 
@@ -252,7 +255,7 @@ impl Tracker {
             table.resolve(number, outcome, &self.refused)
         };
         if let Some(batch) = done {
-            batch.resolve(&self.refused, |_| Outcome::Skipped);
+            batch.resolve();
         }
         if self.waiting.load(Ordering::Relaxed) {
             self.progress.notify_one();
@@ -273,9 +276,14 @@ impl Tracker {
         self.careful.load(Ordering::Relaxed) == 0
     }
 
-    /// Whether messages of the topic that were handed over behind this one are not resolved.
-    pub(crate) fn has_successors(&self, number: usize, topic: &str) -> bool {
+    /// The topic of this message was refused: no more of it is taken until that is heard. Whether some was before, behind
+    /// this one, and is not resolved.
+    pub(crate) fn refuse_topic(&self, number: usize, topic: &str, outcome: &Outcome) -> bool {
         let table = self.table();
+        if let Some(batch) = table.index_of(number).and_then(|index| table.batches.get(index)) {
+            self.refused.note(topic, outcome, &batch.unheard);
+        }
+        // Whoever is registered later finds the note.
         table.batches.iter().any(|batch| {
             std::iter::zip(batch.first.., std::iter::zip(&batch.topics, &batch.outcomes))
                 .any(|(other, (own, outcome))| other > number && outcome.is_none() && **own == *topic)
@@ -347,20 +355,27 @@ impl Tracker {
 
     /// Resolves what is left.
     pub(crate) fn resolve_all(&self) {
-        let (batches, closing) = {
+        let batches = {
             let mut table = self.table();
-            table.purge_due |= table.open > 0;
+            let closing = table.closing.clone();
+            let mut batches = std::mem::take(&mut table.batches);
+            for batch in &mut batches {
+                for (slot, topic) in std::iter::zip(&mut batch.outcomes, &batch.topics) {
+                    if slot.is_none() {
+                        let outcome = closing.as_ref().map_or_else(
+                            || Outcome::Unknown("the producer has ended".into()),
+                            |closing| closing.outcome(topic),
+                        );
+                        table.purge_due |= makes_purge(&outcome);
+                        self.refused.note(topic, &outcome, &batch.unheard);
+                        *slot = Some(outcome);
+                    }
+                }
+            }
             table.open = 0;
-            (std::mem::take(&mut table.batches), table.closing.clone())
+            batches
         };
-        for batch in batches {
-            batch.resolve(&self.refused, |topic| {
-                closing.as_ref().map_or_else(
-                    || Outcome::Unknown("the producer has ended".into()),
-                    |closing| closing.outcome(topic),
-                )
-            });
-        }
+        batches.into_iter().for_each(Batch::resolve);
         self.advance(Phase::Resolved);
     }
 
@@ -489,20 +504,21 @@ pub(crate) struct Silence {
 const STALE: Duration = Duration::from_secs(30);
 
 impl Table {
-    fn resolve(&mut self, number: usize, outcome: Outcome, refused: &Refused) -> Option<Batch> {
-        let index = self
-            .batches
+    /// Where the batch is that this message may be of.
+    fn index_of(&self, number: usize) -> Option<usize> {
+        self.batches
             .partition_point(|batch| batch.first <= number)
-            .checked_sub(1)?;
+            .checked_sub(1)
+    }
+
+    fn resolve(&mut self, number: usize, outcome: Outcome, refused: &Refused) -> Option<Batch> {
+        let index = self.index_of(number)?;
         let batch = self.batches.get_mut(index)?;
         let slot = batch.outcomes.get_mut(number - batch.first)?;
         if slot.is_some() {
             return None;
         }
-        self.purge_due |= matches!(
-            outcome,
-            Outcome::Outage(_) | Outcome::Unknown(_) | Outcome::Broken(_)
-        );
+        self.purge_due |= makes_purge(&outcome);
         refused.note(&batch.topics[number - batch.first], &outcome, &batch.unheard);
         *slot = Some(outcome);
         batch.open -= 1;

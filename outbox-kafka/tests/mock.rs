@@ -117,8 +117,7 @@ async fn behind_a_refusal_of_the_topic_only_what_is_on_the_wire_goes_on() {
         let outcomes = publish(&mut sink, batch).await;
         let classes = count(&outcomes);
         assert_eq!(outcomes[0].as_str(), "topic_blocked", "{error:?}: {classes:?}");
-        // Five requests go at a time, and their answers make room for five more before anybody can say no. A real broker
-        // refuses these, too, if it has had something of the producer before.
+        // Five requests go at a time, and their answers make room for five more before anybody can say no.
         let delivered = classes.get("delivered").copied().unwrap_or(0);
         assert!(delivered < 10, "{error:?}: {classes:?}");
         assert_eq!(
@@ -129,6 +128,26 @@ async fn behind_a_refusal_of_the_topic_only_what_is_on_the_wire_goes_on() {
         // Nobody has to purge for this.
         assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered], "{error:?}");
     }
+}
+
+/// The relay hears of nothing but the topic, and need not purge.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_is_refused_while_a_batch_waits_for_room_can_be_tried_again() {
+    let cluster = cluster();
+    let config = quick(cluster.bootstrap_servers()).option("queue.buffering.max.messages", "10");
+    let mut sink = KafkaSink::new(&config).unwrap();
+    let poison = Error::RD_KAFKA_RESP_ERR_POLICY_VIOLATION;
+    cluster.request_errors(Api::Produce, &[poison, poison]);
+    deliver(&mut sink, one()).await;
+
+    cluster
+        .broker_round_trip_time(1, Duration::from_millis(20))
+        .unwrap();
+    cluster.request_errors(Api::Produce, &[Error::RD_KAFKA_RESP_ERR_INVALID_TIMESTAMP]);
+    let batch = (0..200).map(|n| text("t", "k", n.to_string())).collect();
+    let classes = count(&publish(&mut sink, batch).await);
+    assert!(classes["topic_blocked"] > 100, "{classes:?}");
+    assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
