@@ -69,7 +69,9 @@ pub struct RelayConfig {
     /// How long a shutdown waits for what the sink has. Default: 10 s.
     #[serde(with = "human")]
     pub grace: Duration,
-    /// How long one call of the store may take before it is given up and repeated. Default: 30 s.
+    /// How long one call of the store may take before it is given up and repeated: so long nothing is delivered where a
+    /// connection is lost and nobody is told, as a firewall does it. Leases are asked for within a third of their time,
+    /// whatever this is. Default: 30 s.
     #[serde(with = "human")]
     pub call_timeout: Duration,
     /// How long delivered messages stay in the archive, where the store keeps one. Default: 7 days.
