@@ -1,6 +1,7 @@
 //! What librdkafka calls back.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use outbox_core::{Outcome, Reason};
@@ -27,6 +28,8 @@ pub(crate) struct Context {
     pub(crate) redactor: Redactor,
     /// Whose context it is.
     pub(crate) client: OnceLock<Weak<Client>>,
+    /// Whether its queue was dropped.
+    pub(crate) dropped: AtomicBool,
 }
 
 impl ClientContext for Context {
@@ -95,7 +98,13 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
         let outcome = match result {
-            // The offset may be unknown (-1001): a retry that the broker recognized as such has none.
+            Ok(message) if message.offset() < 0 => {
+                // Nobody has said that it was written. librdkafka takes it for written when what follows it was: but a
+                // broker that knows nothing of the producer accepts that after it has refused this one.
+                let topic = message.topic();
+                let reason = format!("acknowledged without its place in the topic {topic}");
+                self.close(Class::Unknown, reason.into(), topic)
+            }
             Ok(_) => Outcome::Delivered,
             Err((error, message)) => self.failure(error, message.topic(), number),
         };
@@ -143,7 +152,10 @@ impl Context {
                 if has_successors && !is_local(code) {
                     let blocked = HashMap::from([(topic.into(), reason)]);
                     self.tracker.close(Closing::blocked(blocked));
-                    self.drop_queue();
+                    // Once: a refusal may be told for each of thousands of messages.
+                    if !self.dropped.swap(true, Ordering::Relaxed) {
+                        self.drop_queue();
+                    }
                 }
                 outcome
             }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -94,6 +95,7 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
         redactor: recipe.redactor.clone(),
         suspects: recipe.suspects.clone(),
         client: OnceLock::new(),
+        dropped: AtomicBool::new(false),
     };
     let client = Client::from_config_and_context(&config, context)
         .map_err(|error| error::configuration(&error, &recipe.redactor))?;

@@ -51,6 +51,8 @@ pub struct KafkaSink {
     producer: Option<Producer>,
     /// The one that probes while `producer` is closed and waits for the purge. Becomes `producer` then.
     spare: Option<Producer>,
+    /// Why no producer could be made, until the relay rebuilds.
+    unmade: Option<Reason>,
     /// Topics that `producer` may be given messages for without asking.
     known: HashSet<Arc<str>>,
 }
@@ -89,6 +91,7 @@ impl KafkaSink {
             request_timeout: config.request_timeout,
             producer: None,
             spare: None,
+            unmade: None,
             known: HashSet::new(),
         };
         // A wrong option shows here and not at the first message.
@@ -140,16 +143,19 @@ impl KafkaSink {
     }
 
     /// The receipt of a batch that comes too late for a producer.
-    fn refuse(&self, batch: &[Record], unheard: Unheard, tracker: &Tracker, closing: &Closing) -> Receipt {
-        let outcomes = batch.iter().map(|record| {
-            let topic = record.message.topic();
-            let outcome = closing.outcome(topic);
+    fn refuse(&self, topics: &[Arc<str>], unheard: Unheard, tracker: &Tracker) -> Receipt {
+        let closing = tracker.closing();
+        let outcome = |topic: &Arc<str>| {
+            let outcome = match &closing {
+                Some(closing) => closing.outcome(topic),
+                None => Outcome::Skipped,
+            };
             self.recipe
                 .refused
                 .note(topic, &outcome, &Arc::downgrade(&unheard));
             outcome
-        });
-        let outcomes: Vec<Outcome> = outcomes.collect();
+        };
+        let outcomes: Vec<Outcome> = topics.iter().map(outcome).collect();
         if outcomes.iter().any(makes_purge) {
             tracker.make_purge_due();
         }
@@ -229,8 +235,14 @@ impl Sink for KafkaSink {
         }
         let (unheard, _open) = self.recipe.refused.begin();
         self.replace_if_nobody_is_concerned().await;
-        if let Err(error) = self.ensure_producer() {
-            return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
+        if self.unmade.is_none()
+            && let Err(error) = self.ensure_producer()
+        {
+            self.unmade = Some(error.to_string().into());
+        }
+        // Until the relay has heard of it, nothing may go by a producer that can be made after all.
+        if let Some(reason) = &self.unmade {
+            return Receipt::ready(vec![Outcome::Broken(reason.clone()); batch.len()]);
         }
         for (topic, outcome) in self.blocked_topics(&batch).await {
             self.recipe
@@ -244,9 +256,14 @@ impl Sink for KafkaSink {
         if let Some(closing) = breaks() {
             tracker.close(closing);
         }
-        if let Some(closing) = tracker.closing() {
-            // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
-            return self.refuse(&batch, unheard, &tracker, &closing);
+        let batch: Vec<_> = batch
+            .into_iter()
+            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
+            .collect();
+        let topics: Vec<Arc<str>> = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
+        // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
+        if tracker.is_closed() {
+            return self.refuse(&topics, unheard, &tracker);
         }
         let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
         let careful = if suspects.is_empty() {
@@ -256,18 +273,15 @@ impl Sink for KafkaSink {
                 Ok(careful) => Some(careful),
                 Err(error) => {
                     tracker.close(Closing::new(Class::Broken, error.to_string()));
-                    tracker.make_purge_due();
-                    return Receipt::ready(vec![Outcome::Broken(error.to_string().into()); batch.len()]);
+                    return self.refuse(&topics, unheard, &tracker);
                 }
             }
         };
         let messages = batch.len();
-        let batch: Vec<_> = batch
-            .into_iter()
-            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
-            .collect();
-        let topics = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
-        let (first, outcomes) = tracker.register(topics, &unheard);
+        let (first, outcomes) = match tracker.register(topics, &unheard) {
+            Ok(registered) => registered,
+            Err(topics) => return self.refuse(&topics, unheard, &tracker),
+        };
         for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
             if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
                 tokio::task::yield_now().await;
@@ -356,6 +370,7 @@ impl Sink for KafkaSink {
     async fn rebuild(&mut self) -> Result<()> {
         self.discard("the producer is made anew").await;
         self.recipe.refused.forget();
+        self.unmade = None;
         self.ensure_producer()
     }
 }

@@ -139,6 +139,9 @@ pub(crate) enum Telling {
     Denied,
 }
 
+/// The number of a batch's first message, and its outcomes to come.
+pub(crate) type Registered = (usize, oneshot::Receiver<Vec<Outcome>>);
+
 #[derive(Debug)]
 struct Batch {
     first: usize,
@@ -199,16 +202,20 @@ impl Tracker {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes room for a batch's outcomes: the number of its first message, and where they will appear.
+    /// Makes room for a batch's outcomes: the number of its first message, and where they will appear. The topics back when
+    /// the producer is closed, which resolves nothing any more that comes now.
     pub(crate) fn register(
         &self,
         topics: Vec<Arc<str>>,
         unheard: &Unheard,
-    ) -> (usize, oneshot::Receiver<Vec<Outcome>>) {
+    ) -> Result<Registered, Vec<Arc<str>>> {
         let (receipt, outcomes) = oneshot::channel();
         let messages = topics.len();
         let now = Instant::now();
         let mut table = self.table();
+        if table.closing.is_some() {
+            return Err(topics);
+        }
         let first = table.next;
         table.next += messages;
         if table.open == 0 {
@@ -224,7 +231,7 @@ impl Tracker {
             receipt,
             unheard: Arc::downgrade(unheard),
         });
-        (first, outcomes)
+        Ok((first, outcomes))
     }
 
     /// Runs `hand_over` unless the producer is closed.
@@ -539,8 +546,8 @@ mod tests {
     #[test]
     fn each_batch_gets_its_outcomes_in_order_whatever_the_order_of_reports() {
         let tracker = Tracker::new(Refused::default());
-        let (first, mut one) = tracker.register(topics(2), &Unheard::default());
-        let (second, mut two) = tracker.register(topics(3), &Unheard::default());
+        let (first, mut one) = tracker.register(topics(2), &Unheard::default()).unwrap();
+        let (second, mut two) = tracker.register(topics(3), &Unheard::default()).unwrap();
         assert_eq!((first, second), (0, 2));
         for number in [4, 1, 2, 3] {
             tracker.report(number, Outcome::Delivered);
@@ -558,7 +565,7 @@ mod tests {
     #[test]
     fn what_is_left_at_the_end_is_resolved_by_its_reason_and_late_reports_are_ignored() {
         let tracker = Tracker::new(Refused::default());
-        let (_, mut outcomes) = tracker.register(topics(2), &Unheard::default());
+        let (_, mut outcomes) = tracker.register(topics(2), &Unheard::default()).unwrap();
         tracker.report(0, Outcome::Delivered);
         tracker.close(Closing::new(Class::Outage, "gone"));
         tracker.close(Closing::new(Class::Broken, "the second reason does not count"));
@@ -577,7 +584,7 @@ mod tests {
         let tracker = Tracker::new(Refused::default());
         let (long, short, none) = (Duration::from_secs(60), Duration::ZERO, Duration::ZERO);
         assert!(tracker.silent(none, none).is_none(), "nothing waits");
-        let (number, _outcomes) = tracker.register(topics(1), &Unheard::default());
+        let (number, _outcomes) = tracker.register(topics(1), &Unheard::default()).unwrap();
         assert!(tracker.silent(long, short).is_none());
         tracker.trouble(Telling::Connection, "one of three is down", false);
         assert!(tracker.silent(long, short).is_none());

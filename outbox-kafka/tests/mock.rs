@@ -52,6 +52,35 @@ async fn what_may_pass_is_hidden() {
     }
 }
 
+/// A broker that knows nothing of a producer takes whatever comes first. librdkafka believes then that it also has the
+/// requests before that, which it refused for a moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_broker_never_took_is_not_delivered_though_it_took_what_follows() {
+    let passing = [
+        Error::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+        Error::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART,
+        Error::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+    ];
+    for error in passing {
+        let cluster = cluster();
+        let config = quick(cluster.bootstrap_servers()).option("batch.num.messages", "1");
+        let mut sink = KafkaSink::new(&config).unwrap();
+        cluster
+            .broker_round_trip_time(1, Duration::from_millis(100))
+            .unwrap();
+        cluster.request_errors(Api::Produce, &[error]);
+        let batch: Vec<_> = (0..20).map(|n| text("t", "k", n.to_string())).collect();
+        let (outcomes, _) = deliver(&mut sink, batch).await;
+        assert_eq!(outcomes, vec![Outcome::Delivered; 20], "{error:?}");
+        let arrived = payloads(&read_all(&cluster.bootstrap_servers(), "t"));
+        let missing: Vec<_> = (0..20)
+            .map(|n| n.to_string())
+            .filter(|text| !arrived.contains(text))
+            .collect();
+        assert_eq!(missing, Vec::<String>::new(), "{error:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_broker_refuses_is_poison_and_the_next_message_is_fine() {
     let refusals = [
