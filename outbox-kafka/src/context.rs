@@ -14,6 +14,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 
 use crate::classify::{Class, classify, is_local};
 use crate::config::Redactor;
+use crate::firsts::Firsts;
 use crate::producer::{Client, Lane};
 use crate::suspects::Suspects;
 use crate::tracker::{Closing, Telling, Tracker, outcome};
@@ -30,6 +31,7 @@ pub(crate) struct Context {
     pub(crate) client: OnceLock<Weak<Client>>,
     /// Whether its queue was dropped.
     pub(crate) dropped: AtomicBool,
+    pub(crate) firsts: Firsts,
 }
 
 impl ClientContext for Context {
@@ -108,6 +110,9 @@ impl ProducerContext for Context {
             Ok(_) => Outcome::Delivered,
             Err((error, message)) => self.failure(error, message.topic(), number),
         };
+        let (Ok(message) | Err((_, message))) = result;
+        let taken = (outcome == Outcome::Delivered).then(|| message.partition());
+        self.firsts.told(message.topic(), message.key(), taken);
         if self.lane == Lane::Careful {
             self.tracker.leave_careful();
         }

@@ -5,6 +5,7 @@ mod config;
 mod consumer;
 mod context;
 mod error;
+mod firsts;
 mod headers;
 mod producer;
 mod refused;

@@ -15,6 +15,7 @@ use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 use crate::config::Redactor;
 use crate::context::{Context, GAPLESS};
 use crate::error;
+use crate::firsts::Firsts;
 use crate::refused::Refused;
 use crate::suspects::Suspects;
 use crate::topics;
@@ -96,6 +97,7 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
         suspects: recipe.suspects.clone(),
         client: OnceLock::new(),
         dropped: AtomicBool::new(false),
+        firsts: Firsts::default(),
     };
     let client = Client::from_config_and_context(&config, context)
         .map_err(|error| error::configuration(&error, &recipe.redactor))?;
@@ -183,7 +185,7 @@ fn close_if_topics_are_blocked(client: &Client, tracker: &Tracker, recipe: &Reci
     let blocked: HashMap<_, _> = topics::ask(client, &waiting, ASK)
         .topics
         .into_iter()
-        .filter_map(|(topic, reason)| Some((topic, reason?)))
+        .filter_map(|(topic, answer)| Some((topic, answer.err()?)))
         .collect();
     if blocked.is_empty() {
         return false;

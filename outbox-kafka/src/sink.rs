@@ -1,6 +1,6 @@
 //! The sink.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use crate::classify::{Class, classify};
 use crate::config::KafkaConfig;
 use crate::error;
+use crate::firsts::Turn;
 use crate::headers;
 use crate::producer::{Client, Producer, Recipe};
 use crate::refused::{Refused, Unheard};
@@ -53,8 +54,8 @@ pub struct KafkaSink {
     spare: Option<Producer>,
     /// Why no producer could be made, until the relay rebuilds.
     unmade: Option<Reason>,
-    /// Topics that `producer` may be given messages for without asking.
-    known: HashSet<Arc<str>>,
+    /// Topics that `producer` may be given messages for without asking, with their partitions.
+    known: HashMap<Arc<str>, usize>,
 }
 
 /// How long [`Sink::purge`] waits for librdkafka's threads, which may be stuck in the system's name resolution.
@@ -92,7 +93,7 @@ impl KafkaSink {
             producer: None,
             spare: None,
             unmade: None,
-            known: HashSet::new(),
+            known: HashMap::new(),
         };
         // A wrong option shows here and not at the first message.
         sink.producer = Some(Producer::new(&sink.recipe)?);
@@ -179,7 +180,7 @@ impl KafkaSink {
             let topic = record.message.topic();
             // Most batches have few topics, and long runs of one.
             if topic != last
-                && !self.known.contains(topic)
+                && !self.known.contains_key(topic)
                 && !unknown.iter().any(|other| **other == *topic)
                 && check_topic(topic).is_ok()
             {
@@ -205,14 +206,15 @@ impl KafkaSink {
                 return Vec::new();
             }
             // Only slow, it seems: librdkafka finds out by itself.
-            self.known.extend(unknown);
+            self.known
+                .extend(unknown.into_iter().map(|topic| (topic, topics::UNKNOWN)));
         }
         let mut blocked = Vec::new();
         for (topic, answer) in topics {
             match answer {
-                Some(reason) => blocked.push((topic, Outcome::TopicBlocked(reason))),
-                None => {
-                    self.known.insert(topic);
+                Err(reason) => blocked.push((topic, Outcome::TopicBlocked(reason))),
+                Ok(partitions) => {
+                    self.known.insert(topic, partitions);
                 }
             }
         }
@@ -282,7 +284,9 @@ impl Sink for KafkaSink {
             Ok(registered) => registered,
             Err(topics) => return self.refuse(&topics, unheard, &tracker),
         };
-        for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
+        // A topic of which every message may go.
+        let mut free: Arc<str> = "".into();
+        'batch: for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
             if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
                 tokio::task::yield_now().await;
             }
@@ -290,22 +294,40 @@ impl Sink for KafkaSink {
                 tracker.resolve(number, Outcome::Poison(reason));
                 continue;
             }
-            if let Some(reason) = self.recipe.refused.reason(&parts.topic) {
-                tracker.resolve(number, Outcome::TopicBlocked(reason));
-                continue;
-            }
             let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
+            let client = careful.unwrap_or(&producer.fast);
+            let firsts = &client.client().context().firsts;
+            let partitions = self.known.get(&parts.topic).copied();
+            loop {
+                if let Some(reason) = self.recipe.refused.reason(&parts.topic) {
+                    tracker.resolve(number, Outcome::TopicBlocked(reason));
+                    continue 'batch;
+                }
+                let Some(key) = parts.key.as_ref().filter(|_| free != parts.topic) else {
+                    break;
+                };
+                match firsts.turn(&parts.topic, partitions.unwrap_or(topics::UNKNOWN), key) {
+                    Turn::Always => free = parts.topic.clone(),
+                    Turn::Now => break,
+                    Turn::Later => tracker.room().await,
+                }
+                if tracker.is_closed() {
+                    break 'batch;
+                }
+            }
             if careful.is_some() {
                 tracker.enter_careful();
             }
-            let client = careful.unwrap_or(&producer.fast);
             let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
             if careful.is_some() && !matches!(handed, Handed::Over) {
                 tracker.leave_careful();
             }
             match handed {
                 Handed::Over => {}
-                Handed::Refused(outcome) => tracker.resolve(number, outcome),
+                Handed::Refused(outcome) => {
+                    firsts.told(&parts.topic, parts.key.as_deref(), None);
+                    tracker.resolve(number, outcome);
+                }
                 // The rest is resolved with what is being purged.
                 Handed::Closed => break,
             }
@@ -338,7 +360,7 @@ impl Sink for KafkaSink {
             }
         };
         // A question about one topic is small; all topics of a cluster may be many.
-        let topic = self.known.iter().next().cloned();
+        let topic = self.known.keys().next().cloned();
         let timeout = self.request_timeout;
         let asked = tokio::task::spawn_blocking(move || {
             client

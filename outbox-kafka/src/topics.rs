@@ -20,8 +20,8 @@ use crate::producer::Client;
 /// What was found out about topics.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
-    /// Why a topic cannot be written to; nothing when it can.
-    pub(crate) topics: HashMap<Arc<str>, Option<Reason>>,
+    /// How many partitions a topic has, or why it cannot be written to.
+    pub(crate) topics: HashMap<Arc<str>, Result<usize, Reason>>,
     /// Why not all were answered.
     pub(crate) error: Option<KafkaError>,
 }
@@ -72,22 +72,26 @@ pub(crate) fn ask(client: &Client, topics: &[Arc<str>], timeout: Duration) -> An
     answers
 }
 
-fn verdict(topic: &MetadataTopic) -> Option<Reason> {
+/// So many that not all are known.
+pub(crate) const UNKNOWN: usize = usize::MAX;
+
+fn verdict(topic: &MetadataTopic) -> Result<usize, Reason> {
     if let Some(error) = topic.error() {
         let code = Code::from(error);
         // A topic that is being made has no leader yet: librdkafka waits for it.
-        return (classify(code) == Class::TopicBlocked && code != Code::LeaderNotAvailable)
-            .then(|| Reason::from(format!("{code} (topic {})", topic.name())));
+        return if classify(code) == Class::TopicBlocked && code != Code::LeaderNotAvailable {
+            Err(Reason::from(format!("{code} (topic {})", topic.name())))
+        } else {
+            Ok(UNKNOWN)
+        };
     }
-    topic
-        .partitions()
-        .iter()
-        .find(|partition| partition.leader() < 0)
-        .map(|partition| {
-            Reason::from(format!(
-                "partition {} has no leader (topic {})",
-                partition.id(),
-                topic.name()
-            ))
-        })
+    let partitions = topic.partitions();
+    match partitions.iter().find(|partition| partition.leader() < 0) {
+        Some(partition) => Err(Reason::from(format!(
+            "partition {} has no leader (topic {})",
+            partition.id(),
+            topic.name()
+        ))),
+        None => Ok(partitions.len()),
+    }
 }
