@@ -19,6 +19,9 @@ use crate::producer::{Client, Lane};
 use crate::suspects::Suspects;
 use crate::tracker::{Closing, Telling, Tracker, outcome};
 
+/// What librdkafka has for an offset that no broker gave: `RD_KAFKA_OFFSET_INVALID`.
+const NO_OFFSET: i64 = -1001;
+
 /// The option with which nothing follows a refused batch.
 pub(crate) const GAPLESS: &str = "enable.gapless.guarantee";
 
@@ -100,7 +103,7 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
         let outcome = match result {
-            Ok(message) if message.offset() < 0 => {
+            Ok(message) if message.offset() == NO_OFFSET => {
                 // Nobody has said that it was written. librdkafka takes it for written when what follows it was: but a
                 // broker that knows nothing of the producer accepts that after it has refused this one.
                 let topic = message.topic();

@@ -53,7 +53,13 @@ impl Firsts {
             self.open.fetch_add(1, Ordering::Relaxed);
             Topic::default()
         });
-        if !state.begun && state.partitions.len() >= partitions {
+        // Some may have been added since they were counted.
+        let begun = || {
+            (0..)
+                .zip(0..partitions)
+                .all(|(id, _)| state.partitions.contains(&id))
+        };
+        if !state.begun && state.partitions.len() >= partitions && begun() {
             self.open.fetch_sub(1, Ordering::Relaxed);
             *state = Topic {
                 begun: true,
@@ -68,6 +74,18 @@ impl Firsts {
             Turn::Now
         } else {
             Turn::Later
+        }
+    }
+
+    /// The topic may be made anew, with partitions that know nothing.
+    pub(crate) fn forget(&self, topic: &str) {
+        let mut topics = self.topics();
+        if let Some(state) = topics.get_mut(topic) {
+            self.open.fetch_add(usize::from(state.begun), Ordering::Relaxed);
+            *state = Topic {
+                under_way: std::mem::take(&mut state.under_way),
+                ..Topic::default()
+            };
         }
     }
 
@@ -131,5 +149,8 @@ mod tests {
         }
         assert_eq!(firsts.open.load(Ordering::Relaxed), 0);
         assert!(firsts.topics()["t"].keys.is_empty(), "nothing is kept");
+        firsts.forget("t");
+        assert_eq!(firsts.turn(&topic, 2, b"a"), Turn::Now);
+        assert_eq!(firsts.turn(&topic, 2, b"a"), Turn::Later);
     }
 }

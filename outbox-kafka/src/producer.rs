@@ -75,6 +75,13 @@ impl Producer {
         })
     }
 
+    /// A topic may be another one from now on.
+    pub(crate) fn forget(&self, topic: &str) {
+        for client in [Some(&self.fast), self.careful.as_ref()].into_iter().flatten() {
+            client.client().context().firsts.forget(topic);
+        }
+    }
+
     pub(crate) fn careful(&mut self) -> Result<Arc<Client>> {
         if let Some(careful) = &self.careful {
             return Ok(careful.clone());

@@ -1,9 +1,9 @@
 //! The sink.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use outbox_core::{
@@ -56,10 +56,14 @@ pub struct KafkaSink {
     unmade: Option<Reason>,
     /// Topics that `producer` may be given messages for without asking, with their partitions.
     known: HashMap<Arc<str>, usize>,
+    /// When it was asked last.
+    asked: Instant,
 }
 
 /// How long [`Sink::purge`] waits for librdkafka's threads, which may be stuck in the system's name resolution.
 const PURGE_LIMIT: Duration = Duration::from_secs(3);
+/// How long after the last question topics whose partitions are not known are asked for again.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// After so many messages others get their turn on the executor.
 const YIELD_AFTER: usize = 256;
 
@@ -94,6 +98,7 @@ impl KafkaSink {
             spare: None,
             unmade: None,
             known: HashMap::new(),
+            asked: Instant::now(),
         };
         // A wrong option shows here and not at the first message.
         sink.producer = Some(Producer::new(&sink.recipe)?);
@@ -173,14 +178,19 @@ impl KafkaSink {
         };
         for topic in producer.tracker.take_unwritable() {
             self.known.remove(&topic);
+            producer.forget(&topic);
         }
+        let again = self.asked.elapsed() >= ASK_AGAIN;
         let mut unknown: Vec<Arc<str>> = Vec::new();
         let mut last: &str = "";
         for record in batch {
             let topic = record.message.topic();
             // Most batches have few topics, and long runs of one.
             if topic != last
-                && !self.known.contains_key(topic)
+                && self
+                    .known
+                    .get(topic)
+                    .is_none_or(|partitions| *partitions == topics::UNKNOWN && again)
                 && !unknown.iter().any(|other| **other == *topic)
                 && check_topic(topic).is_ok()
             {
@@ -191,6 +201,7 @@ impl KafkaSink {
         if unknown.is_empty() {
             return Vec::new();
         }
+        self.asked = Instant::now();
         let (client, timeout) = (producer.fast.clone(), self.request_timeout);
         let asked = tokio::task::spawn_blocking(move || {
             let answers = topics::ask(&client, &unknown, timeout);
@@ -258,11 +269,7 @@ impl Sink for KafkaSink {
         if let Some(closing) = breaks() {
             tracker.close(closing);
         }
-        let batch: Vec<_> = batch
-            .into_iter()
-            .map(|record| (record.message.into_parts(), record.key_seq, record.defect))
-            .collect();
-        let topics: Vec<Arc<str>> = batch.iter().map(|(parts, ..)| parts.topic.clone()).collect();
+        let topics: Vec<Arc<str>> = batch.iter().map(|record| record.message.topic().into()).collect();
         // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
         if tracker.is_closed() {
             return self.refuse(&topics, unheard, &tracker);
@@ -284,54 +291,15 @@ impl Sink for KafkaSink {
             Ok(registered) => registered,
             Err(topics) => return self.refuse(&topics, unheard, &tracker),
         };
-        // A topic of which every message may go.
-        let mut free: Arc<str> = "".into();
-        'batch: for (number, (parts, key_seq, defect)) in (first..).zip(batch) {
-            if (number - first) % YIELD_AFTER == YIELD_AFTER - 1 {
-                tokio::task::yield_now().await;
-            }
-            if let Some(reason) = refusal(&parts, defect) {
-                tracker.resolve(number, Outcome::Poison(reason));
-                continue;
-            }
-            let careful = careful.as_ref().filter(|_| suspects.contains(&parts.topic));
-            let client = careful.unwrap_or(&producer.fast);
-            let firsts = &client.client().context().firsts;
-            let partitions = self.known.get(&parts.topic).copied();
-            loop {
-                if let Some(reason) = self.recipe.refused.reason(&parts.topic) {
-                    tracker.resolve(number, Outcome::TopicBlocked(reason));
-                    continue 'batch;
-                }
-                let Some(key) = parts.key.as_ref().filter(|_| free != parts.topic) else {
-                    break;
-                };
-                match firsts.turn(&parts.topic, partitions.unwrap_or(topics::UNKNOWN), key) {
-                    Turn::Always => free = parts.topic.clone(),
-                    Turn::Now => break,
-                    Turn::Later => tracker.room().await,
-                }
-                if tracker.is_closed() {
-                    break 'batch;
-                }
-            }
-            if careful.is_some() {
-                tracker.enter_careful();
-            }
-            let handed = hand_over(client, &tracker, &parts, key_seq, number).await;
-            if careful.is_some() && !matches!(handed, Handed::Over) {
-                tracker.leave_careful();
-            }
-            match handed {
-                Handed::Over => {}
-                Handed::Refused(outcome) => {
-                    firsts.told(&parts.topic, parts.key.as_deref(), None);
-                    tracker.resolve(number, outcome);
-                }
-                // The rest is resolved with what is being purged.
-                Handed::Closed => break,
-            }
-        }
+        let handing = Handing {
+            tracker: &tracker,
+            fast: &producer.fast,
+            careful: careful.as_deref(),
+            suspects: &suspects,
+            refused: &self.recipe.refused,
+            known: &self.known,
+        };
+        handing.all((first..).zip(batch).map(Item::new).collect()).await;
         Receipt::pending(async move {
             let outcomes = outcomes.await.unwrap_or_else(|_| {
                 vec![Outcome::Unknown("the producer ended without a word".into()); messages]
@@ -394,6 +362,126 @@ impl Sink for KafkaSink {
         self.recipe.refused.forget();
         self.unmade = None;
         self.ensure_producer()
+    }
+}
+
+/// A message of a batch.
+struct Item {
+    number: usize,
+    parts: Parts,
+    key_seq: Option<i64>,
+    /// Why it can never be handed over.
+    refusal: Option<Reason>,
+}
+
+impl Item {
+    fn new((number, record): (usize, Record)) -> Self {
+        let parts = record.message.into_parts();
+        Self {
+            number,
+            refusal: refusal(&parts, record.defect),
+            key_seq: record.key_seq,
+            parts,
+        }
+    }
+}
+
+/// A batch on its way to librdkafka.
+struct Handing<'a> {
+    tracker: &'a Tracker,
+    fast: &'a Client,
+    careful: Option<&'a Client>,
+    suspects: &'a [Arc<str>],
+    refused: &'a Refused,
+    known: &'a HashMap<Arc<str>, usize>,
+}
+
+/// What came of offering a message.
+enum Offered {
+    Done,
+    /// Its turn has not come.
+    Later,
+    /// The producer is closed: the rest is resolved with what is being purged.
+    Closed,
+}
+
+impl Handing<'_> {
+    /// Hands everything over, of each key in order. Those whose turn has not come wait and let others go.
+    async fn all(&self, mut items: Vec<Item>) {
+        // A topic of which every message may go.
+        let mut free: Arc<str> = "".into();
+        loop {
+            let mut waiting = Vec::new();
+            let mut keys = HashSet::new();
+            for (count, item) in items.into_iter().enumerate() {
+                if count % YIELD_AFTER == YIELD_AFTER - 1 {
+                    tokio::task::yield_now().await;
+                }
+                let name = || (item.parts.topic.clone(), item.parts.key.clone());
+                if !keys.is_empty() && keys.contains(&name()) {
+                    waiting.push(item);
+                    continue;
+                }
+                match self.offer(&item, &mut free).await {
+                    Offered::Done => {}
+                    Offered::Later => {
+                        keys.insert(name());
+                        waiting.push(item);
+                    }
+                    Offered::Closed => return,
+                }
+            }
+            if waiting.is_empty() {
+                return;
+            }
+            items = waiting;
+            self.tracker.room().await;
+            if self.tracker.is_closed() {
+                return;
+            }
+        }
+    }
+
+    async fn offer(&self, item: &Item, free: &mut Arc<str>) -> Offered {
+        let Item { number, parts, .. } = item;
+        let resolve = |outcome| self.tracker.resolve(*number, outcome);
+        if let Some(reason) = &item.refusal {
+            resolve(Outcome::Poison(reason.clone()));
+            return Offered::Done;
+        }
+        if let Some(reason) = self.refused.reason(&parts.topic) {
+            resolve(Outcome::TopicBlocked(reason));
+            return Offered::Done;
+        }
+        let careful = self.careful.filter(|_| self.suspects.contains(&parts.topic));
+        let client = careful.unwrap_or(self.fast);
+        let firsts = &client.client().context().firsts;
+        if let Some(key) = &parts.key
+            && *free != parts.topic
+        {
+            let partitions = self.known.get(&parts.topic).copied();
+            match firsts.turn(&parts.topic, partitions.unwrap_or(topics::UNKNOWN), key) {
+                Turn::Always => *free = parts.topic.clone(),
+                Turn::Now => {}
+                Turn::Later => return Offered::Later,
+            }
+        }
+        if careful.is_some() {
+            self.tracker.enter_careful();
+        }
+        let handed = hand_over(client, self.tracker, parts, item.key_seq, *number).await;
+        if careful.is_some() && !matches!(handed, Handed::Over) {
+            self.tracker.leave_careful();
+        }
+        match handed {
+            Handed::Over => Offered::Done,
+            Handed::Refused(outcome) => {
+                firsts.told(&parts.topic, parts.key.as_deref(), None);
+                resolve(outcome);
+                Offered::Done
+            }
+            Handed::Closed => Offered::Closed,
+        }
     }
 }
 

@@ -92,6 +92,7 @@ fn verdict(topic: &MetadataTopic) -> Result<usize, Reason> {
             partition.id(),
             topic.name()
         ))),
+        None if partitions.is_empty() => Ok(UNKNOWN),
         None => Ok(partitions.len()),
     }
 }
