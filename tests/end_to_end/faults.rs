@@ -565,7 +565,7 @@ fn attempt<D: Database + 'static>(store: &str, fault: &Fault<D>) -> Row {
     std::thread::scope(|scope| {
         let load = stage.load(SECOND * 4 * D::SLOW);
         let load = (fault.load)(Load {
-            messages: load.messages / 10,
+            messages: load.messages / 5,
             ..load
         });
         let writer = scope.spawn(|| stage.write(&{ load }));

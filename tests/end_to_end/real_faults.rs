@@ -33,6 +33,7 @@ use table::{SERVERS, STORES, finish};
 
 /// All faults that a server can have, with the stores on a shared one and on one of their own.
 fn on_a_server<Shared: Database + 'static, Own: Killable + 'static>(store: &str) {
+    let _turn = stage::turn();
     let mut rows = Vec::new();
     try_all::<Shared>(store, STORES, of_relays(), &mut rows);
     try_all::<Shared>(store, STORES, of_the_topic(), &mut rows);
@@ -45,6 +46,7 @@ fn on_a_server<Shared: Database + 'static, Own: Killable + 'static>(store: &str)
 
 #[test]
 fn sqlite() {
+    let _turn = stage::turn();
     let mut rows = Vec::new();
     try_all::<sqlite::Sqlite>("sqlite", STORES, of_relays(), &mut rows);
     try_all::<sqlite::Sqlite>("sqlite", STORES, of_the_topic(), &mut rows);

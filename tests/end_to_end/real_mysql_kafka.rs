@@ -18,7 +18,7 @@ mod on_mysql {
     use super::mysql::{Mysql, Own, Shared};
     use super::scenarios;
 
-    // What hangs on the relay more than on the store is run on MariaDB alone.
+    // What hangs on the relay and the broker more than on the store is run on other stores.
     end_to_end!(Mysql<Shared>: kill_9_every_second, a_zombie_is_fenced);
     end_to_end!(Mysql<Own>: the_database_is_killed_under_load);
 }
@@ -35,7 +35,7 @@ mod on_mariadb {
     use super::mysql::{Mysql, OwnMariadb, SharedMariadb};
     use super::scenarios;
 
-    end_to_end!(Mysql<SharedMariadb>);
+    end_to_end!(Mysql<SharedMariadb>: three_relays_without_faults, kill_9_every_second, a_zombie_is_fenced);
     end_to_end!(Mysql<OwnMariadb>: the_database_is_killed_under_load);
 }
 

@@ -39,6 +39,8 @@ fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
         .set("bootstrap.servers", servers)
         .set("group.id", "proof")
         .set("enable.auto.commit", "false")
+        // It measures how soon something arrives, and must not be the one that comes late.
+        .set("reconnect.backoff.max.ms", "100")
         .create()
         .unwrap();
     let metadata = patiently(|| consumer.fetch_metadata(Some(topic), PATIENCE));

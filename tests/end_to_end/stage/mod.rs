@@ -103,8 +103,6 @@ pub(crate) struct Stage<D: Database> {
     started: AtomicUsize,
     /// What the relays kept after a fault and should have given back.
     kept: Mutex<Vec<String>>,
-    /// One at a time: the figures of two that share the machine mean nothing.
-    _turn: MutexGuard<'static, ()>,
 }
 
 impl<D: Database> Stage<D> {
@@ -115,7 +113,6 @@ impl<D: Database> Stage<D> {
 
     /// An empty stage with these props.
     pub(crate) fn with(servers: &str, relays: Relays, props: Props) -> Self {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
         let runtime = Runtime::new().unwrap();
         let disk = props.disk.map(|size| Disk::mount(folder.path(), size).unwrap());
@@ -135,7 +132,6 @@ impl<D: Database> Stage<D> {
             topic: kafka::topic_name(),
             started: AtomicUsize::new(0),
             kept: Mutex::default(),
-            _turn: turn,
         };
         stage.configure(relays);
         if !props.topic_later {
@@ -238,7 +234,7 @@ impl<D: Database> Stage<D> {
     pub(crate) fn load(&self, spread: Duration) -> Load {
         Load {
             topic: self.topic.clone(),
-            messages: from_environment("OUTBOX_PROOF_MESSAGES", 20_000 / D::FEWER as usize),
+            messages: from_environment("OUTBOX_PROOF_MESSAGES", 10_000 / D::FEWER as usize),
             keys: from_environment("OUTBOX_PROOF_KEYS", KEYS),
             producers: from_environment("OUTBOX_PROOF_PRODUCERS", 8),
             rollback_each: 20,
@@ -509,7 +505,11 @@ const RETURNED_BROKER: usize = 2;
 /// By how much a relay's memory may grow, in KiB, beside half of what it was: allocators keep some.
 const GROWTH: usize = 16 * 1024;
 
-static TURN: Mutex<()> = Mutex::new(());
+/// Tests take turns, each from its first server to its last: the figures of two that share the machine mean nothing.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Asks until there is an answer, for so long at most.
 pub(crate) fn until<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
