@@ -6,6 +6,7 @@ mod consumer;
 mod context;
 mod error;
 mod firsts;
+mod handing;
 mod headers;
 mod producer;
 mod refused;
