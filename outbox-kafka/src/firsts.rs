@@ -54,12 +54,8 @@ impl Firsts {
             Topic::default()
         });
         // Some may have been added since they were counted.
-        let begun = || {
-            (0..)
-                .zip(0..partitions)
-                .all(|(id, _)| state.partitions.contains(&id))
-        };
-        if !state.begun && state.partitions.len() >= partitions && begun() {
+        let has = |id| i32::try_from(id).is_ok_and(|id| state.partitions.contains(&id));
+        if !state.begun && state.partitions.len() >= partitions && (0..partitions).all(has) {
             self.open.fetch_sub(1, Ordering::Relaxed);
             *state = Topic {
                 begun: true,

@@ -21,18 +21,16 @@ const YIELD_AFTER: usize = 256;
 
 /// A message of a batch.
 pub(crate) struct Item {
-    number: usize,
-    parts: Parts,
+    pub(crate) parts: Parts,
     key_seq: Option<i64>,
     /// Why it can never be handed over.
     refusal: Option<Reason>,
 }
 
 impl Item {
-    pub(crate) fn new((number, record): (usize, Record)) -> Self {
+    pub(crate) fn new(record: Record) -> Self {
         let parts = record.message.into_parts();
         Self {
-            number,
             refusal: refusal(&parts, record.defect),
             key_seq: record.key_seq,
             parts,
@@ -60,27 +58,27 @@ enum Offered {
 }
 
 impl Handing<'_> {
-    /// Hands everything over, of each key in order. Those whose turn has not come wait and let others go.
-    pub(crate) async fn all(&self, mut items: Vec<Item>) {
+    /// Hands everything over, with its number, of each key in order. Those whose turn has not come wait and let others go.
+    pub(crate) async fn all(&self, mut items: Vec<(usize, Item)>) {
         // A topic of which every message may go.
         let mut free: Arc<str> = "".into();
         loop {
             let mut waiting = Vec::new();
             let mut keys = HashSet::new();
-            for (count, item) in items.into_iter().enumerate() {
+            for (count, (number, item)) in items.into_iter().enumerate() {
                 if count % YIELD_AFTER == YIELD_AFTER - 1 {
                     tokio::task::yield_now().await;
                 }
                 let name = || (item.parts.topic.clone(), item.parts.key.clone());
                 if !keys.is_empty() && keys.contains(&name()) {
-                    waiting.push(item);
+                    waiting.push((number, item));
                     continue;
                 }
-                match self.offer(&item, &mut free).await {
+                match self.offer(number, &item, &mut free).await {
                     Offered::Done => {}
                     Offered::Later => {
                         keys.insert(name());
-                        waiting.push(item);
+                        waiting.push((number, item));
                     }
                     Offered::Closed => return,
                 }
@@ -96,9 +94,9 @@ impl Handing<'_> {
         }
     }
 
-    async fn offer(&self, item: &Item, free: &mut Arc<str>) -> Offered {
-        let Item { number, parts, .. } = item;
-        let resolve = |outcome| self.tracker.resolve(*number, outcome);
+    async fn offer(&self, number: usize, item: &Item, free: &mut Arc<str>) -> Offered {
+        let parts = &item.parts;
+        let resolve = |outcome| self.tracker.resolve(number, outcome);
         if let Some(reason) = &item.refusal {
             resolve(Outcome::Poison(reason.clone()));
             return Offered::Done;
@@ -123,7 +121,7 @@ impl Handing<'_> {
         if careful.is_some() {
             self.tracker.enter_careful();
         }
-        let handed = hand_over(client, self.tracker, parts, item.key_seq, *number).await;
+        let handed = hand_over(client, self.tracker, parts, item.key_seq, number).await;
         if careful.is_some() && !matches!(handed, Handed::Over) {
             self.tracker.leave_careful();
         }
@@ -176,7 +174,11 @@ async fn hand_over(
             Some(Attempt::Full(same)) => record = same,
             Some(Attempt::Failed(code)) => {
                 let class = classify(code);
-                let reason = Reason::from(format!("{code} (topic {})", parts.topic));
+                // Of a fatal error only the client knows the cause, if it has not told it yet.
+                let (asked, redactor) = (client.client(), &client.client().context().redactor);
+                let told = asked.fatal_error().map(|(_, cause)| redactor.apply(&cause));
+                let told = told.unwrap_or_else(|| code.to_string());
+                let reason = Reason::from(format!("{told} (topic {})", parts.topic));
                 if class == Class::TopicBlocked {
                     tracker.note_unwritable(&parts.topic);
                 }

@@ -264,7 +264,9 @@ impl Sink for KafkaSink {
         if let Some(closing) = breaks() {
             tracker.close(closing);
         }
-        let topics: Vec<Arc<str>> = batch.iter().map(|record| record.message.topic().into()).collect();
+        let messages = batch.len();
+        let items: Vec<Item> = batch.into_iter().map(Item::new).collect();
+        let topics: Vec<Arc<str>> = items.iter().map(|item| item.parts.topic.clone()).collect();
         // The relay has not seen yet that an earlier batch failed; what follows must not overtake it.
         if tracker.is_closed() {
             return self.refuse(&topics, unheard, &tracker);
@@ -281,7 +283,6 @@ impl Sink for KafkaSink {
                 }
             }
         };
-        let messages = batch.len();
         let (first, outcomes) = match tracker.register(topics, &unheard) {
             Ok(registered) => registered,
             Err(topics) => return self.refuse(&topics, unheard, &tracker),
@@ -294,7 +295,7 @@ impl Sink for KafkaSink {
             refused: &self.recipe.refused,
             known: &self.known,
         };
-        handing.all((first..).zip(batch).map(Item::new).collect()).await;
+        handing.all((first..).zip(items).collect()).await;
         Receipt::pending(async move {
             let outcomes = outcomes.await.unwrap_or_else(|_| {
                 vec![Outcome::Unknown("the producer ended without a word".into()); messages]
