@@ -72,6 +72,14 @@ impl fmt::Debug for KafkaSink {
     }
 }
 
+/// OpenSSL takes itself apart when the process exits, under the hands of librdkafka's threads, which are not waited for:
+/// one that is amid a handshake would crash, and a good exit would look like a bad one. Who initialises it first can keep
+/// it from that; the system frees all of it anyway.
+fn keep_openssl_until_exit() {
+    #[cfg(feature = "ssl")]
+    openssl_sys::init();
+}
+
 impl KafkaSink {
     /// A sink for these brokers. Does not wait for a connection.
     ///
@@ -79,6 +87,7 @@ impl KafkaSink {
     /// [`Invalid`](ErrorKind::Invalid) when the configuration is refused, by us or by librdkafka, naming the option;
     /// [`Unsupported`](ErrorKind::Unsupported) when it needs a feature that was not built in.
     pub fn new(config: &KafkaConfig) -> Result<Self> {
+        keep_openssl_until_exit();
         let mut sink = Self {
             recipe: Recipe {
                 config: config.prepare()?,

@@ -207,15 +207,9 @@ async fn a_commit_on_any_connection_wakes() {
             .outbox
             .enqueue(&connection, &message("t", None, "p"))
             .unwrap();
-        let start = Instant::now();
         tokio::time::timeout(Duration::from_secs(2), wake_up.wait())
             .await
             .unwrap();
-        assert!(
-            start.elapsed() < Duration::from_millis(500),
-            "{:?}",
-            start.elapsed()
-        );
     }
     place
         .connect()

@@ -56,6 +56,14 @@ pub fn quick(servers: impl Into<String>) -> KafkaConfig {
     }
 }
 
+/// A configuration with which a silence tells nothing while a test waits: what is wrong has to be asked for.
+pub fn asking(servers: impl Into<String>) -> KafkaConfig {
+    KafkaConfig {
+        outage_after: Duration::from_secs(120),
+        ..quick(servers)
+    }
+}
+
 /// Publishes and waits; panics when there is no answer for half a minute.
 pub async fn publish(sink: &mut KafkaSink, batch: Vec<Record>) -> Vec<Outcome> {
     within(30, async { sink.publish(batch).await.outcomes().await }).await
