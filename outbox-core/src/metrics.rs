@@ -23,6 +23,9 @@
 //! | `outbox_batch_records` | histogram | | records handed over at once |
 //! | `outbox_fetch_seconds`, `outbox_publish_seconds`, `outbox_settle_seconds` | histogram | | how long these took |
 //! | `outbox_lag_seconds` | histogram | | from enqueueing to hand-over, of each batch's oldest message |
+//!
+//! Of the whole outbox, which is what the gauges down to `outbox_relays` tell, one relay tells: the owner of the first shard.
+//! When it loses that shard they are NaN there. Take their `max` over all relays.
 
 use metrics::{describe_counter, describe_gauge, describe_histogram};
 

@@ -67,8 +67,9 @@ pub(crate) fn classify(code: Code) -> Class {
         | Code::ThrottlingQuotaExceeded
         | Code::Unknown => Class::Unknown,
 
-        // What librdkafka refuses before it sends anything.
-        Code::InvalidArgument | Code::BadMessage => Class::Poison,
+        // What librdkafka refuses before it sends anything. (`BadMessage` is not: so it calls an answer that it cannot
+        // read, and what was asked may have been done.)
+        Code::InvalidArgument => Class::Poison,
 
         code if !is_local(code) => Class::Poison,
         _ => Class::Unknown,
@@ -94,6 +95,7 @@ mod tests {
             // A name that a broker calls illegal never becomes legal, unlike a topic that is only unknown.
             (Code::InvalidTopic, Class::Poison),
             (Code::InvalidArgument, Class::Poison),
+            (Code::BadMessage, Class::Unknown),
             (Code::TopicAuthorizationFailed, Class::TopicBlocked),
             (Code::UnknownTopicOrPartition, Class::TopicBlocked),
             (Code::UnknownTopic, Class::TopicBlocked),

@@ -149,6 +149,7 @@ impl KafkaConfig {
                 client.set(forced.names[0], forced.value);
             }
         }
+        self.check_sizes(&client)?;
         self.prepare_security(&mut client)?;
         client.set("bootstrap.servers", &self.bootstrap_servers);
         // Lines are filtered again by the subscriber; `debug` options would be pointless without their lines.
@@ -158,6 +159,39 @@ impl KafkaConfig {
             RDKafkaLogLevel::Info
         });
         Ok(client)
+    }
+
+    /// Values with which some messages, or all, would never go. What is no number librdkafka refuses by itself.
+    fn check_sizes(&self, client: &ClientConfig) -> Result<()> {
+        let number = |name| client.get(name)?.trim().parse::<f64>().ok();
+        // One of the two is given, or none.
+        let [alias, canonical] = ALIASES[0];
+        let linger = if client.get(alias).is_some() {
+            alias
+        } else {
+            canonical
+        };
+        if let Some(pause) = number(linger)
+            && pause >= self.outage_after.as_secs_f64() * 1_000.0
+        {
+            return Err(invalid(
+                "a batch that is waited for so long passes for an outage, expected less than outage_after"
+                    .into(),
+            )
+            .with("option", linger)
+            .with("value", pause));
+        }
+        let (queue, message) = ("queue.buffering.max.kbytes", "message.max.bytes");
+        if let (Some(room), Some(most)) = (number(queue), number(message))
+            && most > room * 1_024.0
+        {
+            return Err(invalid(format!(
+                "a message of {message} would never find room, expected {message} / 1024 at least"
+            ))
+            .with("option", queue)
+            .with("value", room));
+        }
+        Ok(())
     }
 
     /// Options that would be ignored in silence, and with them what they were to protect, are refused.
@@ -207,7 +241,13 @@ impl KafkaConfig {
             tracing::warn!("danger_accept_invalid_certificates: the broker's certificate is not verified");
             client.set(VERIFICATION, "false");
         } else {
-            for (name, value) in [(VERIFICATION, "false"), (VERIFICATION, "0"), (HOST_CHECK, "none")] {
+            let off = [
+                (VERIFICATION, "false"),
+                (VERIFICATION, "f"),
+                (VERIFICATION, "0"),
+                (HOST_CHECK, "none"),
+            ];
+            for (name, value) in off {
                 if given(name, value) {
                     return Err(invalid(
                         "anybody could pass for the broker; if that is meant, set danger_accept_invalid_certificates"
@@ -335,6 +375,9 @@ const FORCED: &[Forced] = &[
     },
 ];
 
+/// The partitioner that has a place for each key but the empty one, and what place `consistent` has for that.
+pub(crate) const NO_EMPTY_KEY: (&str, i32) = ("consistent_random", 0);
+
 /// Options that are ours to set.
 const REFUSED: &[(&str, &str)] = &[
     ("bootstrap.servers", "it is set by the field bootstrap_servers"),
@@ -357,6 +400,12 @@ fn refuse(name: &str, value: &str) -> Result<()> {
             .with("option", name)
             .with("value", value));
         }
+    }
+    if name == "partitioner" && value.trim() == "random" {
+        return Err(invalid(
+            "this option cannot be random: messages of a key must go to one partition".into(),
+        )
+        .with("option", name));
     }
     match REFUSED.iter().find(|(refused, _)| *refused == name) {
         Some((_, why)) => Err(invalid(format!("this option cannot be given: {why}")).with("option", name)),

@@ -35,6 +35,8 @@ pub(crate) struct Context {
     /// Whether its queue was dropped.
     pub(crate) dropped: AtomicBool,
     pub(crate) firsts: Firsts,
+    /// The partition of the empty key, where librdkafka would give its messages any.
+    pub(crate) empty_key: Option<i32>,
 }
 
 impl ClientContext for Context {
@@ -78,11 +80,11 @@ impl ClientContext for Context {
         match code {
             // A refusal in the fast lane comes as a fatal error as well, but nothing is broken but this client.
             Code::GaplessGuarantee => {
+                self.tracker
+                    .close(Closing::new(Class::Unknown, &reason).draining());
                 if let Some(topic) = refused_topic(&reason) {
                     self.suspects.add(topic);
                 }
-                self.tracker
-                    .close(Closing::new(Class::Unknown, reason).draining());
             }
             // A fatal error comes with the code of its cause, and is told before what librdkafka drops because of it.
             code if classify(code) == Class::Broken => {
@@ -144,8 +146,9 @@ impl Context {
             }
             // It may have been refused for another one's sake; which one, the careful lane will show.
             (Class::Poison, Lane::Fast) => {
+                let outcome = self.close(Class::Unknown, reason, topic);
                 self.suspects.add(topic);
-                self.close(Class::Unknown, reason, topic)
+                outcome
             }
             (Class::TopicBlocked, lane) => {
                 // Elsewhere it becomes a suspect, if at all, by the fatal error that tells of a refusal.

@@ -14,6 +14,8 @@ pub(crate) struct Firsts {
     /// Topics that have partitions of which nothing was taken: spares the reports the lock.
     open: AtomicUsize,
     topics: Mutex<HashMap<Arc<str>, Topic>>,
+    /// Whether it stays so for ever.
+    one_by_one: bool,
 }
 
 /// When a message may be handed over.
@@ -42,6 +44,14 @@ struct Topic {
 const KEYS: usize = 10_000;
 
 impl Firsts {
+    /// Of each key one message is under way, whatever has begun.
+    pub(crate) fn one_by_one() -> Self {
+        Self {
+            one_by_one: true,
+            ..Self::default()
+        }
+    }
+
     fn topics(&self) -> MutexGuard<'_, HashMap<Arc<str>, Topic>> {
         self.topics.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -55,7 +65,11 @@ impl Firsts {
         });
         // Some may have been added since they were counted.
         let has = |id| i32::try_from(id).is_ok_and(|id| state.partitions.contains(&id));
-        if !state.begun && state.partitions.len() >= partitions && (0..partitions).all(has) {
+        if !self.one_by_one
+            && !state.begun
+            && state.partitions.len() >= partitions
+            && (0..partitions).all(has)
+        {
             self.open.fetch_sub(1, Ordering::Relaxed);
             *state = Topic {
                 begun: true,
@@ -66,7 +80,7 @@ impl Firsts {
             return Turn::Always;
         }
         let key = hash(key);
-        if state.keys.contains(&key) || state.under_way.insert(key) {
+        if !self.one_by_one && state.keys.contains(&key) || state.under_way.insert(key) {
             Turn::Now
         } else {
             Turn::Later
@@ -94,10 +108,12 @@ impl Firsts {
         let Some(state) = topics.get_mut(topic).filter(|state| !state.begun) else {
             return;
         };
-        state.partitions.extend(taken);
+        if !self.one_by_one {
+            state.partitions.extend(taken);
+        }
         if let Some(key) = key.map(hash) {
             state.under_way.remove(&key);
-            if taken.is_some() && state.keys.len() < KEYS {
+            if taken.is_some() && !self.one_by_one && state.keys.len() < KEYS {
                 state.keys.insert(key);
             }
         }
@@ -130,6 +146,17 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(turn(b"a"), Turn::Now);
             assert_eq!(turn(b"b"), Turn::Later, "it may go elsewhere");
+        }
+    }
+
+    #[test]
+    fn a_key_whose_messages_go_one_by_one_never_has_two_under_way() {
+        let firsts = Firsts::one_by_one();
+        let topic: Arc<str> = "t".into();
+        for _ in 0..3 {
+            assert_eq!(firsts.turn(&topic, 1, b"a"), Turn::Now);
+            assert_eq!(firsts.turn(&topic, 1, b"a"), Turn::Later);
+            firsts.told("t", Some(b"a"), Some(0));
         }
     }
 

@@ -154,7 +154,11 @@ async fn hand_over(
 ) -> Handed {
     let mut record = BaseRecord {
         topic: &parts.topic,
-        partition: None,
+        partition: parts
+            .key
+            .as_ref()
+            .filter(|key| key.is_empty())
+            .and(client.client().context().empty_key),
         payload: parts.payload.as_deref(),
         key: parts.key.as_deref(),
         timestamp: None,

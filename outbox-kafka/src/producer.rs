@@ -7,12 +7,12 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Error, ErrorKind, Result};
+use outbox_core::{Error, ErrorKind, Reason, Result};
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
 
-use crate::config::Redactor;
+use crate::config::{NO_EMPTY_KEY, Redactor};
 use crate::context::{Context, GAPLESS};
 use crate::error;
 use crate::firsts::Firsts;
@@ -41,7 +41,7 @@ pub(crate) struct Recipe {
 pub(crate) enum Lane {
     /// In batches. When one is refused, nothing that comes after it is written: librdkafka calls it gapless.
     Fast,
-    /// One message a request, so that each is accepted or refused for itself.
+    /// One message a request, so that each is accepted or refused for itself, and of each key one after the other.
     Careful,
 }
 
@@ -97,14 +97,21 @@ fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Clie
         Lane::Fast => config.set(GAPLESS, "true"),
         Lane::Careful => config.set("batch.num.messages", "1"),
     };
+    let (scatters, partition) = NO_EMPTY_KEY;
     let context = Context {
         lane,
+        empty_key: (config.get("partitioner") == Some(scatters)).then_some(partition),
         tracker: tracker.clone(),
         redactor: recipe.redactor.clone(),
         suspects: recipe.suspects.clone(),
         client: OnceLock::new(),
         dropped: AtomicBool::new(false),
-        firsts: Firsts::default(),
+        // What follows a message that came to nothing must not go before it has been sent again, and here librdkafka does not
+        // see to that.
+        firsts: match lane {
+            Lane::Fast => Firsts::default(),
+            Lane::Careful => Firsts::one_by_one(),
+        },
     };
     let client = Client::from_config_and_context(&config, context)
         .map_err(|error| error::configuration(&error, &recipe.redactor))?;
@@ -144,13 +151,13 @@ const PURGED: Duration = Duration::from_secs(1);
 /// may block, when everybody else has let go of it.
 fn serve(client: Arc<Client>, lane: Lane, tracker: &Tracker, recipe: &Recipe) {
     let mut purged = false;
-    let mut asked = Instant::now();
+    let mut watch = Watch::new();
     // Nobody can get a new reference once this thread has the only one.
     while Arc::strong_count(&client) > 1 {
         client.poll(SLICE);
         // One of the two watches for both.
         if lane == Lane::Fast {
-            watch(&client, tracker, recipe, &mut asked);
+            watch.look(&client, tracker, recipe);
         }
         if !purged && tracker.is_closed() {
             purge(&client, tracker);
@@ -166,33 +173,68 @@ fn serve(client: Arc<Client>, lane: Lane, tracker: &Tracker, recipe: &Recipe) {
     tracker.lane_ends();
 }
 
-/// Closes the producer when the destination is out.
-fn watch(client: &Client, tracker: &Tracker, recipe: &Recipe, asked: &mut Instant) {
-    match tracker.silent(recipe.silence, recipe.silence_after_error) {
-        Some(silence) if silence.explained || !close_if_topics_are_blocked(client, tracker, recipe) => {
-            tracing::warn!(reason = %silence.closing.reason, "kafka is out");
-            tracker.close(silence.closing);
+/// What closes the producer when the destination is out, or a topic holds everything up.
+struct Watch {
+    asked: Instant,
+    /// The topics whose messages waited when it was last asked, each with its oldest one.
+    waited: HashMap<Arc<str>, usize>,
+}
+
+impl Watch {
+    fn new() -> Self {
+        Self {
+            asked: Instant::now(),
+            waited: HashMap::new(),
         }
-        Some(_) => {}
-        None if asked.elapsed() >= recipe.silence => {
-            *asked = Instant::now();
-            close_if_topics_are_blocked(client, tracker, recipe);
+    }
+
+    fn look(&mut self, client: &Client, tracker: &Tracker, recipe: &Recipe) {
+        let silence = tracker.silent(recipe.silence, recipe.silence_after_error);
+        if let Some(silence) = silence {
+            let waiting = tracker.waiting_topics(recipe.silence);
+            // Nothing was acknowledged: all that waits is stuck.
+            if silence.explained || !close_if_blocked(client, tracker, &waiting, |_| true) {
+                tracing::warn!(reason = %silence.closing.reason, "kafka is out");
+                tracker.close(silence.closing);
+            }
+        } else if self.asked.elapsed() >= recipe.silence {
+            self.asked = Instant::now();
+            let waiting = tracker.waiting_topics(recipe.silence);
+            // One of which anything is acknowledged is only slow.
+            close_if_blocked(client, tracker, &waiting, |topic| {
+                self.waited.get(topic) == waiting.get(topic)
+            });
+            self.waited = waiting;
         }
-        None => {}
     }
 }
 
-/// Messages that wait while others flow may belong to a topic that was deleted, or to a partition without a leader.
-/// librdkafka would wait with them, and with it the receipts of whole batches. Whether that was so.
-fn close_if_topics_are_blocked(client: &Client, tracker: &Tracker, recipe: &Recipe) -> bool {
-    let waiting = tracker.waiting_topics(recipe.silence);
+/// Messages that wait while others flow may belong to a topic that was deleted, to a partition without a leader, or to one
+/// with too few replicas in sync. librdkafka would wait with them, and with it the receipts of whole batches. Whether that
+/// was so. `is_stuck` tells of a topic that the brokers have nothing against whether it is at a standstill all the same.
+fn close_if_blocked(
+    client: &Client,
+    tracker: &Tracker,
+    waiting: &HashMap<Arc<str>, usize>,
+    is_stuck: impl Fn(&Arc<str>) -> bool,
+) -> bool {
     if waiting.is_empty() || tracker.is_closed() {
         return false;
     }
-    let blocked: HashMap<_, _> = topics::ask(client, &waiting, ASK)
+    let topics: Vec<Arc<str>> = waiting.keys().cloned().collect();
+    let blocked: HashMap<_, _> = topics::ask(client, &topics, ASK)
         .topics
         .into_iter()
-        .filter_map(|(topic, answer)| Some((topic, answer.err()?)))
+        .filter_map(|(topic, answer)| {
+            let reason = match answer {
+                Err(reason) => reason,
+                Ok(_) if is_stuck(&topic) => Reason::from(format!(
+                    "the brokers answer and acknowledge nothing; has it min.insync.replicas in sync? (topic {topic})"
+                )),
+                Ok(_) => return None,
+            };
+            Some((topic, reason))
+        })
         .collect();
     if blocked.is_empty() {
         return false;
@@ -209,8 +251,10 @@ fn purge(client: &Client, tracker: &Tracker) {
         // What is to be tried again must not go out either.
         serve_until_empty(client, DRAIN, || client.purge(PurgeConfig::default().queue()));
     }
-    client.purge(PurgeConfig::default().queue().inflight());
-    serve_until_empty(client, PURGED, || ());
+    // More than once: what moves from one of librdkafka's threads to another is in neither's hands.
+    serve_until_empty(client, PURGED, || {
+        client.purge(PurgeConfig::default().queue().inflight())
+    });
 }
 
 fn serve_until_empty(client: &Client, limit: Duration, before: impl Fn()) {

@@ -55,10 +55,13 @@ pub struct KafkaSink {
     known: HashMap<Arc<str>, usize>,
     /// When it was asked last.
     asked: Instant,
+    /// Topics whose messages go one by one by `producer`: those that were suspects when it was made, and are still. Of all
+    /// others it may have messages in batches, which those that go one by one could overtake.
+    suspects: Vec<Arc<str>>,
 }
 
 /// How long [`Sink::purge`] waits for librdkafka's threads, which may be stuck in the system's name resolution.
-const PURGE_LIMIT: Duration = Duration::from_secs(3);
+const PURGE_LIMIT: Duration = Duration::from_secs(5);
 /// How long after the last question topics whose partitions are not known are asked for again.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 
@@ -103,6 +106,7 @@ impl KafkaSink {
             unmade: None,
             known: HashMap::new(),
             asked: Instant::now(),
+            suspects: Vec::new(),
         };
         // A wrong option shows here and not at the first message.
         sink.producer = Some(Producer::new(&sink.recipe)?);
@@ -113,6 +117,7 @@ impl KafkaSink {
     fn ensure_producer(&mut self) -> Result<()> {
         if self.producer.is_none() {
             self.known.clear();
+            self.suspects = self.recipe.suspects.now(true);
             self.producer = Some(match self.spare.take() {
                 Some(spare) if !spare.tracker.is_closed() => spare,
                 _ => Producer::new(&self.recipe)?,
@@ -221,8 +226,9 @@ impl KafkaSink {
                 return Vec::new();
             }
             // Only slow, it seems: librdkafka finds out by itself.
+            let unanswered = unknown.into_iter().filter(|topic| !topics.contains_key(topic));
             self.known
-                .extend(unknown.into_iter().map(|topic| (topic, topics::UNKNOWN)));
+                .extend(unanswered.map(|topic| (topic, topics::UNKNOWN)));
         }
         let mut blocked = Vec::new();
         for (topic, answer) in topics {
@@ -280,8 +286,11 @@ impl Sink for KafkaSink {
         if tracker.is_closed() {
             return self.refuse(&topics, unheard, &tracker);
         }
-        let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
-        let careful = if suspects.is_empty() {
+        if !self.suspects.is_empty() {
+            let suspects = self.recipe.suspects.now(tracker.careful_is_empty());
+            self.suspects.retain(|topic| suspects.contains(topic));
+        }
+        let careful = if self.suspects.is_empty() {
             None
         } else {
             match producer.careful() {
@@ -300,7 +309,7 @@ impl Sink for KafkaSink {
             tracker: &tracker,
             fast: &producer.fast,
             careful: careful.as_deref(),
-            suspects: &suspects,
+            suspects: &self.suspects,
             refused: &self.recipe.refused,
             known: &self.known,
         };

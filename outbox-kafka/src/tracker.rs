@@ -456,18 +456,19 @@ impl Tracker {
         Some((trouble.telling, trouble.reason.clone()))
     }
 
-    /// The topics of messages that have waited for longer than `limit`, at most a few.
-    pub(crate) fn waiting_topics(&self, limit: Duration) -> Vec<Arc<str>> {
+    /// The topics of messages that have waited for longer than `limit`, at most a few, each with its oldest message.
+    pub(crate) fn waiting_topics(&self, limit: Duration) -> HashMap<Arc<str>, usize> {
         let table = self.table();
-        let mut waiting: Vec<Arc<str>> = Vec::new();
+        let mut waiting: HashMap<Arc<str>, usize> = HashMap::new();
         for batch in table
             .batches
             .iter()
             .take_while(|batch| batch.since.elapsed() >= limit)
         {
-            for (outcome, topic) in batch.outcomes.iter().zip(&batch.topics) {
-                if outcome.is_none() && waiting.len() < 10 && !waiting.contains(topic) {
-                    waiting.push(topic.clone());
+            let places = std::iter::zip(batch.first.., std::iter::zip(&batch.topics, &batch.outcomes));
+            for (number, (topic, outcome)) in places {
+                if outcome.is_none() && waiting.len() < 10 && !waiting.contains_key(topic) {
+                    waiting.insert(topic.clone(), number);
                 }
             }
         }

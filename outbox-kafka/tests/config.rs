@@ -39,10 +39,18 @@ fn what_the_promises_rest_on_cannot_be_changed() {
         ("enable.gapless.guarantee", "false"),
         ("bootstrap.servers", "elsewhere:9092"),
         ("metadata.broker.list", "elsewhere:9092"),
+        ("partitioner", "random"),
+        ("linger.ms", "10000"),
+        ("queue.buffering.max.ms", "60000"),
+        ("message.max.bytes", "100000000"),
     ];
     for (name, value) in forced {
         let error = refused(&[(name, value)]);
-        assert!(error.contains(&format!("option: {name:?}")), "{error}");
+        let named = match name {
+            "message.max.bytes" => "queue.buffering.max.kbytes",
+            name => name,
+        };
+        assert!(error.contains(&format!("option: {named:?}")), "{error}");
     }
     let error = refused(&[("acks", "1")]);
     assert_eq!(
@@ -92,6 +100,8 @@ fn protection_is_never_dropped_in_silence() {
     }
     for weaker in [
         ("enable.ssl.certificate.verification", "false"),
+        ("enable.ssl.certificate.verification", "F"),
+        ("enable.ssl.certificate.verification", "0"),
         ("ssl.endpoint.identification.algorithm", "none"),
     ] {
         let error = refused(&[("security.protocol", "SSL"), weaker]);

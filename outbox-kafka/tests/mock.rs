@@ -381,6 +381,50 @@ async fn a_purge_resolves_everything_and_nothing_leaves_afterwards() {
     );
 }
 
+/// As one with fewer replicas in sync than it needs: the broker refuses without end, librdkafka tries without end, and the
+/// brokers have nothing against it when they are asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_takes_nothing_is_blocked_while_another_flows() {
+    let cluster = cluster();
+    let mut sink = sink(&cluster);
+    // All is well at first, so that the partitions are known.
+    assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered]);
+    cluster
+        .topic_error("t", Error::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS)
+        .unwrap();
+    let is_blocked = |outcome: &Outcome| matches!(outcome, Outcome::TopicBlocked(reason) if reason.as_str().contains("min.insync.replicas"));
+    sink.rebuild().await.unwrap();
+    // Of one key two: the second waits for the first, and the batch with it.
+    let batch = vec![text("t", "k", "1"), text("other", "k", "1"), text("t", "k", "2")];
+    let (outcomes, _) = deliver(&mut sink, batch).await;
+    assert!(
+        is_blocked(&outcomes[0]) && is_blocked(&outcomes[2]),
+        "{outcomes:?}"
+    );
+    assert_eq!(outcomes[1], Outcome::Delivered);
+
+    // One alone, as it is probed, beside others that flow.
+    let probe = sink.publish(one()).await;
+    let mut probe = tokio::spawn(probe.outcomes());
+    let others_flow_until_it_is_told = async {
+        loop {
+            let (outcomes, _) = deliver(&mut sink, vec![text("other", "k", "2")]).await;
+            assert_eq!(outcomes, [Outcome::Delivered]);
+            if let Ok(outcomes) = tokio::time::timeout(Duration::from_millis(100), &mut probe).await {
+                return outcomes.unwrap();
+            }
+        }
+    };
+    let outcomes = within(60, others_flow_until_it_is_told).await;
+    assert!(is_blocked(&outcomes[0]), "{outcomes:?}");
+
+    cluster
+        .topic_error("t", Error::RD_KAFKA_RESP_ERR_NO_ERROR)
+        .unwrap();
+    let (outcomes, _) = deliver(&mut sink, one()).await;
+    assert_eq!(outcomes, [Outcome::Delivered]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_purge_keeps_the_producer() {
     let cluster = cluster();
@@ -391,6 +435,25 @@ async fn an_idle_purge_keeps_the_producer() {
     sink.purge().await;
     assert_eq!(format!("{sink:?}"), kept);
     assert_eq!(publish(&mut sink, one()).await, [Outcome::Delivered]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_empty_key_has_a_partition_whatever_the_partitioner() {
+    let cluster = cluster();
+    for partitioner in [
+        "murmur2_random",
+        "consistent_random",
+        "fnv1a_random",
+        "consistent",
+    ] {
+        let config = quick(cluster.bootstrap_servers()).option("partitioner", partitioner);
+        let mut sink = KafkaSink::new(&config).unwrap();
+        let batch: Vec<_> = (0..20).map(|n| text(partitioner, "", n.to_string())).collect();
+        assert_eq!(publish(&mut sink, batch).await, vec![Outcome::Delivered; 20]);
+        let found = read_all(&cluster.bootstrap_servers(), partitioner);
+        let partitions: std::collections::BTreeSet<i32> = found.iter().map(|raw| raw.partition()).collect();
+        assert_eq!(partitions.len(), 1, "{partitioner}: {partitions:?}");
+    }
 }
 
 /// Java's `Utils.murmur2` of these keys, from Kafka's own tests, as its partitioner uses it.

@@ -27,6 +27,15 @@ use crate::sink::{Receipt, Sink};
 use crate::store::{Count, OutboxStore, Reader, Stats};
 use crate::wake::{WakeUp, Waker};
 
+/// A drain, whose end other relays may have to do with.
+#[derive(Default)]
+struct Drain {
+    /// The smallest backlog that was seen, and when.
+    lowest: Option<(u64, Duration)>,
+    /// Whether nothing is left that is not scheduled for later.
+    done: bool,
+}
+
 pub(super) struct Driver {
     machine: Machine,
     store: Arc<dyn OutboxStore>,
@@ -36,8 +45,8 @@ pub(super) struct Driver {
     id: RelayId,
     waker: Waker,
     clock: Arc<dyn Clock>,
-    /// Whether to stop when nothing is left.
-    drains: bool,
+    /// Whether to stop when nothing is left, and how far that is.
+    drain: Option<Drain>,
     /// Kept between fetches; none while a fetch has it, and after an error.
     reader: Option<Box<dyn Reader>>,
     /// What is being done, but for the two below.
@@ -51,6 +60,8 @@ pub(super) struct Driver {
     /// When to look at the whole outbox again.
     observe_next: Duration,
     observing: bool,
+    /// Whether the metrics tell of the whole outbox.
+    observed: bool,
     /// When to take old messages out of the archive again.
     purge_next: Duration,
     purging: bool,
@@ -107,13 +118,14 @@ impl Driver {
             id,
             waker,
             clock,
-            drains,
+            drain: drains.then(Drain::default),
             reader: None,
             work: FuturesUnordered::new(),
             handing: None,
             receipts: FuturesUnordered::new(),
             observe_next: Duration::ZERO,
             observing: false,
+            observed: false,
             purge_next: Duration::ZERO,
             purging: false,
         }
@@ -136,8 +148,9 @@ impl Driver {
             }
             if last_moment.is_none() {
                 self.observe(now);
+                self.forget_what_another_sees();
                 self.purge_archive(now);
-                if self.drains && self.machine.is_idle() {
+                if self.is_drained() {
                     self.machine.handle(Event::Shutdown, now);
                     last_moment = Some(now + self.config.grace);
                     continue;
@@ -147,7 +160,7 @@ impl Driver {
                 && now >= moment
             {
                 if hurried {
-                    tracing::warn!(relay = %self.id, "stopped without an answer of the store; the leases run out by themselves");
+                    tracing::warn!(relay = %self.id, "stopped without an answer of the store or the sink; the leases run out by themselves");
                     return;
                 }
                 hurried = true;
@@ -194,6 +207,17 @@ impl Driver {
         let mut pulse = self.pulse.state();
         pulse.turned = Some(now);
         pulse.stopping = stopping;
+        pulse.shards = self.machine.owned();
+        // What is not wanted any more has no failure.
+        for (operation, is_wanted) in [
+            ("fetch", self.machine.reads()),
+            ("load holds", self.machine.loads_holds()),
+            ("settle", self.machine.settles()),
+        ] {
+            if !is_wanted {
+                pulse.store_failures.remove(operation);
+            }
+        }
         for note in &notes {
             match note {
                 Note::SinkDown { reason, .. } => pulse.sink_failure = Some(reason.to_string()),
@@ -208,18 +232,20 @@ impl Driver {
     /// What the answers of the store say about its health.
     fn feel(&self, event: &Event) {
         let mut pulse = self.pulse.state();
-        match event {
-            Event::Leased { sent, result } => match result {
-                Ok(leases) => {
-                    pulse.leased = Some(*sent);
-                    pulse.shards = leases.held.len();
-                    pulse.lease_failure = None;
-                }
-                Err(error) => pulse.lease_failure = Some(error.to_string()),
-            },
-            Event::Fetched { result } => pulse.fetch_failure = result.as_ref().err().map(ToString::to_string),
-            _ => {}
+        if let Event::Leased { sent, result: Ok(_) } = event {
+            pulse.leased = Some(*sent);
         }
+        let (operation, error) = match event {
+            Event::Leased { result, .. } => ("lease", result.as_ref().err()),
+            Event::Fetched { result } => ("fetch", result.as_ref().err()),
+            Event::HoldsLoaded { result } => ("load holds", result.as_ref().err()),
+            Event::Settled { result } => ("settle", result.as_ref().err()),
+            _ => return,
+        };
+        match error {
+            Some(error) => pulse.store_failures.insert(operation, error.to_string()),
+            None => pulse.store_failures.remove(operation),
+        };
     }
 
     fn done(&mut self, done: Done) {
@@ -236,12 +262,8 @@ impl Driver {
                 self.observing = false;
                 let Some(stats) = stats else { return };
                 self.observer.stats(&stats);
-                // Other relays may own what is left; then it is theirs to drain, and done when it is gone. An
-                // estimate of nothing proves nothing.
-                if self.drains && stats.backlog == Count::Exact(0) && self.machine.is_empty() {
-                    self.drains = false;
-                    self.tell(Event::Shutdown);
-                }
+                self.observed = true;
+                self.look_at_what_is_left(&stats);
             }
             Done::Purged(rows) => {
                 self.purging = false;
@@ -251,6 +273,34 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Other relays may own what is left: then it is theirs to drain, and done when it is gone, or has not become less for
+    /// a while: parked, perhaps. An estimate of nothing proves nothing.
+    fn look_at_what_is_left(&mut self, stats: &Stats) {
+        let now = self.clock.now();
+        let Some(drain) = &mut self.drain else { return };
+        let backlog = stats.backlog.value();
+        let since = match drain.lowest {
+            Some((lowest, since)) if backlog >= lowest => since,
+            _ => {
+                drain.lowest = Some((backlog, now));
+                now
+            }
+        };
+        let is_empty = stats.backlog == Count::Exact(0)
+            && self.machine.is_empty()
+            && (stats.scheduled == 0 || self.machine.has_promoted());
+        // A relay that died has lost its leases by then.
+        let stands_still = self.machine.is_idle()
+            && stats.parked + stats.retrying > 0
+            && now.saturating_sub(since) > self.config.lease * 2;
+        drain.done = is_empty || stands_still;
+    }
+
+    fn is_drained(&self) -> bool {
+        let Some(drain) = &self.drain else { return false };
+        drain.done || self.machine.owns_all() && self.machine.is_idle()
     }
 
     /// Begins what the machine wants done.
@@ -396,12 +446,13 @@ impl Driver {
 
     /// Now and then the owner of the first shard looks at the whole outbox: one relay of many is enough.
     fn observe(&mut self, now: Duration) {
-        if self.observing || now < self.observe_next || !(self.drains || self.machine.owns(Shard(0))) {
+        if self.observing || now < self.observe_next || !(self.drain.is_some() || self.machine.owns(Shard(0)))
+        {
             return;
         }
         self.observing = true;
         self.observe_next = now
-            + if self.drains {
+            + if self.drain.is_some() {
                 DRAIN_LOOK_EVERY
             } else {
                 OBSERVE_EVERY
@@ -419,6 +470,14 @@ impl Driver {
             }
             .boxed(),
         );
+    }
+
+    /// Who does not look at the whole outbox any more must not go on telling how it was.
+    fn forget_what_another_sees(&mut self) {
+        if self.observed && self.drain.is_none() && !self.machine.owns(Shard(0)) {
+            self.observed = false;
+            self.observer.forget_stats();
+        }
     }
 
     /// The same owner takes what is old enough out of the archive, in short transactions, one after the other while
@@ -451,7 +510,7 @@ impl Driver {
     }
 
     fn observe_due(&self) -> Option<Duration> {
-        (self.drains && !self.observing).then_some(self.observe_next)
+        (self.drain.is_some() && !self.observing).then_some(self.observe_next)
     }
 }
 

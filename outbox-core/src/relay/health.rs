@@ -1,5 +1,6 @@
 //! How a relay is doing: what a probe of the process wants to know.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ pub struct Vitals {
     pub leased_ago: Option<Duration>,
     /// How many shards it owns. None at all is no fault: others may own them.
     pub shards: usize,
-    /// Why the store failed, when its last lease, or its last read, did.
+    /// Why the store failed, when the last lease, the last read of messages or holds, or the last settlement did.
     pub store_failure: Option<String>,
     /// Why nothing can go through the sink, while that is so.
     pub sink_failure: Option<String>,
@@ -63,8 +64,8 @@ pub(super) struct State {
     pub(super) turned: Option<Duration>,
     pub(super) leased: Option<Duration>,
     pub(super) shards: usize,
-    pub(super) lease_failure: Option<String>,
-    pub(super) fetch_failure: Option<String>,
+    /// By the operation that failed when it was last tried.
+    pub(super) store_failures: BTreeMap<&'static str, String>,
     pub(super) sink_failure: Option<String>,
     pub(super) stopping: bool,
 }
@@ -92,9 +93,10 @@ impl Health {
             leased_ago: ago(state.leased),
             shards: state.shards,
             store_failure: state
-                .lease_failure
-                .clone()
-                .or_else(|| state.fetch_failure.clone()),
+                .store_failures
+                .get("lease")
+                .or_else(|| state.store_failures.values().next())
+                .cloned(),
             sink_failure: state.sink_failure.clone(),
             stopping: state.stopping,
         }

@@ -176,6 +176,9 @@ impl Relay {
     /// Runs until nothing is left that could be delivered now, then stops in order; or earlier, when `shutdown`
     /// resolves. Parked keys, blocked topics and messages scheduled for later stay.
     ///
+    /// What other relays own is waited for. Where something of it is parked, blocked or waits for a retry, a drain that
+    /// has nothing to do itself ends when the backlog has not become less for two leases.
+    ///
     /// # Errors
     /// As [`run`](Self::run).
     pub async fn drain(self, shutdown: impl Future<Output = ()> + Send) -> Result<()> {

@@ -12,6 +12,17 @@ use crate::fetch::Record;
 use crate::lease::RelayId;
 use crate::store::Stats;
 
+/// The state of the whole outbox.
+const STATS: [&str; 7] = [
+    "outbox_backlog",
+    "outbox_oldest_age_seconds",
+    "outbox_retrying",
+    "outbox_parked",
+    "outbox_dead",
+    "outbox_scheduled",
+    "outbox_relays",
+];
+
 /// Turns the machine's notes into metrics and logs.
 pub(super) struct Observer {
     relay: String,
@@ -80,17 +91,26 @@ impl Observer {
     /// The state of the whole outbox.
     #[expect(clippy::cast_precision_loss, reason = "metrics are approximate beyond 2^52")]
     pub(super) fn stats(&self, stats: &Stats) {
-        let set = |name: &'static str, value: f64| gauge!(name, self.labels.clone()).set(value);
-        set("outbox_backlog", stats.backlog.value() as f64);
-        set(
-            "outbox_oldest_age_seconds",
+        self.set_stats([
+            stats.backlog.value() as f64,
             stats.oldest_age.unwrap_or_default().as_secs_f64(),
-        );
-        set("outbox_retrying", stats.retrying as f64);
-        set("outbox_parked", stats.parked as f64);
-        set("outbox_dead", stats.dead as f64);
-        set("outbox_scheduled", stats.scheduled as f64);
-        set("outbox_relays", stats.relays.len() as f64);
+            stats.retrying as f64,
+            stats.parked as f64,
+            stats.dead as f64,
+            stats.scheduled as f64,
+            stats.relays.len() as f64,
+        ]);
+    }
+
+    /// Another relay tells of it from now on.
+    pub(super) fn forget_stats(&self) {
+        self.set_stats([f64::NAN; STATS.len()]);
+    }
+
+    fn set_stats(&self, values: [f64; STATS.len()]) {
+        for (name, value) in STATS.into_iter().zip(values) {
+            gauge!(name, self.labels.clone()).set(value);
+        }
     }
 
     pub(super) fn report(&self, notes: Vec<Note>) {

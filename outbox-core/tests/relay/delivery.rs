@@ -246,6 +246,70 @@ async fn a_drain_does_not_end_while_others_have_something_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_ends_though_keys_that_another_owns_are_parked() {
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    sink.fail(outbox_core::MemoryFault::new(Outcome::Poison("no".into())));
+    for n in 0..20 {
+        store.enqueue("t", Some(&format!("k{n}")), "bad").await;
+    }
+    let parking = RelayConfig {
+        on_failure: OnFailure::Park,
+        ..config()
+    };
+    let other = start("a", &store, &sink, parking.clone());
+    sleep(SECOND * 5).await;
+    assert_eq!(store.memory.stats().await.unwrap().parked, 20);
+    let drain = relay("b", &store, &sink, parking).drain(std::future::pending());
+    timeout(MINUTE, drain).await.unwrap().unwrap();
+    assert_eq!(store.owners().await.keys().collect::<Vec<_>>(), ["a"]);
+    other.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_delivers_what_was_scheduled_and_is_due_by_now() {
+    // With and without others before it, for which it would look anyway.
+    for others in [0, 3] {
+        let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+        let scheduled = async |payload: &str, ahead| {
+            let message = Message::builder("t")
+                .payload(payload.to_owned())
+                .deliver_at(std::time::SystemTime::now() + ahead);
+            store.enqueue_message(&message.build().unwrap()).await;
+        };
+        scheduled("soon", SECOND * 2).await;
+        scheduled("late", MINUTE * 60).await;
+        sleep(SECOND * 3).await;
+        for _ in 0..others {
+            store.enqueue("t", None, "now").await;
+        }
+        let drain = relay("a", &store, &sink, config()).drain(std::future::pending());
+        timeout(MINUTE, drain).await.unwrap().unwrap();
+        let delivered = texts(&sink.delivered());
+        assert_eq!(delivered.len(), others + 1);
+        assert!(delivered.contains(&"soon".to_owned()), "{delivered:?}");
+    }
+}
+
+/// The end of a drain is as orderly as any other: it gives up what does not answer.
+#[tokio::test(start_paused = true)]
+async fn a_drain_that_has_nothing_left_ends_though_the_store_does_not_answer() {
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    let other = start("a", &store, &sink, config());
+    sleep(SECOND).await;
+    let one = RelayConfig {
+        grace: SECOND,
+        ..config()
+    };
+    let relay = relay("b", &store, &sink, one);
+    let health = relay.health();
+    store.always("release", crate::support::Fault::Hang);
+    let drain = relay.drain(std::future::pending());
+    timeout(SECOND * 10, drain).await.unwrap().unwrap();
+    assert!(health.vitals().stopping);
+    other.kill().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_relay_of_many_looks_after_the_whole_outbox_every_ten_seconds() {
     let archive = MemoryConfig {
         archive: true,

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use outbox_core::{Health, MemoryConfig, MemoryFault, MemorySink, Message, Outcome, Vitals};
+use outbox_core::{
+    Health, LeaseRequest, Membership, MemoryConfig, MemoryFault, MemorySink, Message, OutboxStore, Outcome,
+    RelayId, Vitals,
+};
 use tokio::time::{Instant, sleep};
 
 use crate::support::{Fault, MINUTE, Running, SECOND, Store, config, relay};
@@ -74,6 +77,44 @@ async fn health_follows_store_and_sink() {
     })
     .await;
 
+    for operation in ["settle", "holds"] {
+        sink.fail(MemoryFault::new(Outcome::Retry("not yet".into())).times(4));
+        store.always(operation, Fault::Error);
+        store.enqueue("t", Some("k"), "2").await;
+        until(&health, operation, |vitals| vitals.store_failure.is_some()).await;
+        sleep(SECOND * 5).await;
+        assert!(
+            health.vitals().store_failure.is_some(),
+            "that others succeed meanwhile does not make up for {operation}"
+        );
+        store.always(operation, Fault::None);
+        until(&health, operation, |vitals| vitals.store_failure.is_none()).await;
+    }
+
     running.stop().await;
     assert!(health.vitals().stopping, "it was told to stop");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_whose_shards_are_anothers_has_no_failure_left_of_them() {
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    let relay = relay("a", &store, &sink, config());
+    let (id, health) = (relay.id().clone(), relay.health());
+    let running = Running::start(relay);
+    until(&health, "it leases", |vitals| vitals.shards == 8).await;
+    store.always("fetch", Fault::Error);
+    until(&health, "a read fails", |vitals| vitals.store_failure.is_some()).await;
+
+    let request = |relay, want| LeaseRequest {
+        relay,
+        want,
+        ttl: MINUTE * 60,
+    };
+    let held = store.memory.lease(&request(id.clone(), 8)).await.unwrap().held;
+    store.memory.release(&id, &held, Membership::Stays).await.unwrap();
+    let other = request(RelayId::new("other"), 8);
+    assert_eq!(store.memory.lease(&other).await.unwrap().held.len(), 8);
+    let vitals = until(&health, "it is told", |vitals| vitals.shards == 0).await;
+    assert_eq!(vitals.store_failure, None);
+    running.stop().await;
 }

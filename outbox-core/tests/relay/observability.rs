@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use outbox_core::{MemoryConfig, MemoryFault, MemorySink, Message, OnFailure, Outcome, RelayConfig};
 use tokio::time::sleep;
 
@@ -111,13 +111,32 @@ async fn the_gauge_of_owned_shards_goes_down_with_a_relay_that_stops() {
     sleep(SECOND).await;
     running.stop().await;
     drop(guard);
-    let owned = snapshots
-        .snapshot()
-        .into_vec()
-        .into_iter()
-        .find(|(key, ..)| key.key().name() == "outbox_shards_owned")
-        .map(|(.., value)| format!("{value:?}"));
-    assert_eq!(owned.as_deref(), Some("Gauge(0.0)"));
+    assert_eq!(gauge(&snapshots, "outbox_shards_owned"), "Gauge(0.0)");
+}
+
+fn gauge(snapshots: &Snapshotter, name: &str) -> String {
+    let values = snapshots.snapshot().into_vec();
+    let value = values.iter().find(|(key, ..)| key.key().name() == name);
+    value.map(|(.., value)| format!("{value:?}")).unwrap_or_default()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_tells_of_the_whole_outbox_no_longer_than_it_looks_at_it() {
+    let recorder = DebuggingRecorder::new();
+    let snapshots = recorder.snapshotter();
+    let guard = metrics::set_default_local_recorder(&recorder);
+    let (store, sink) = (Store::new(MemoryConfig::default()), MemorySink::new());
+    let running = start("a", &store, &sink, config());
+    sleep(SECOND).await;
+    assert_eq!(gauge(&snapshots, "outbox_dead"), "Gauge(0.0)");
+    store.always("lease", Fault::Error);
+    sleep(MINUTE).await;
+    assert_eq!(gauge(&snapshots, "outbox_dead"), "Gauge(NaN)");
+    store.always("lease", Fault::None);
+    sleep(MINUTE).await;
+    assert_eq!(gauge(&snapshots, "outbox_dead"), "Gauge(0.0)");
+    running.stop().await;
+    drop(guard);
 }
 
 /// Keeps what is logged.

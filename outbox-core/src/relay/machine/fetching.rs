@@ -26,6 +26,8 @@ pub(super) struct Fetching {
     failures: u32,
     /// The shards whose messages are being promoted.
     promoting: Option<Vec<OwnedShard>>,
+    /// Those of which nothing was due when it was last asked.
+    promoted: Vec<OwnedShard>,
     promote_next: Duration,
     promote_failures: u32,
 }
@@ -66,7 +68,7 @@ impl Fetching {
     }
 
     pub(super) fn found_nothing(&self) -> bool {
-        self.nothing && self.asked.is_none()
+        self.nothing && self.asked.is_none() && !self.woken
     }
 }
 
@@ -125,7 +127,7 @@ impl Machine {
     }
 
     pub(super) fn fetch_due(&self) -> Option<Duration> {
-        if !self.may_fetch() || self.leasing.owned.values().all(|owned| !owned.is_active()) {
+        if !self.may_fetch() || !self.reads() {
             return None;
         }
         if self.fetching.failures > 0 {
@@ -322,16 +324,20 @@ impl Machine {
         if shards.is_empty() {
             return None;
         }
+        self.fetching.promoted.clear();
         self.fetching.promoting = Some(shards.clone());
         Some(Command::Promote { shards })
     }
 
     pub(super) fn promote_due(&self) -> Option<Duration> {
-        let runs = self.setup.scheduled
-            && self.fetching.promoting.is_none()
-            && !self.stopping
-            && self.leasing.owned.values().any(super::leasing::Owned::is_active);
+        let runs =
+            self.setup.scheduled && self.fetching.promoting.is_none() && !self.stopping && self.reads();
         runs.then_some(self.fetching.promote_next)
+    }
+
+    /// Whether nothing that was scheduled is due, in any shard that is read.
+    pub(crate) fn has_promoted(&self) -> bool {
+        !self.setup.scheduled || self.reads() && self.fetching.promoted == self.leasing.active()
     }
 
     pub(super) fn promoted(&mut self, result: Result<Promotion>, now: Duration) {
@@ -345,6 +351,9 @@ impl Machine {
                     if asked.iter().any(|owned| owned.shard == shard && same(owned)) {
                         self.lose(shard, "taken");
                     }
+                }
+                if promotion.promoted == 0 && promotion.next_in != Some(Duration::ZERO) {
+                    self.fetching.promoted = asked;
                 }
                 let pause = promotion.next_in.unwrap_or(PROMOTE_EVERY).min(PROMOTE_EVERY);
                 self.fetching.promote_next = now

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Machine;
 use super::fetching::Asked;
 use super::reloading::Loading;
 use super::topics::{TopicEntry, TopicState};
+use super::{Machine, Stage};
 use crate::fetch::{Held, RecordRef, Reread, RereadScope};
 use crate::hold::{Hold, HoldChange, HoldRef, HoldScope, HoldState};
 use crate::message::OrderKey;
@@ -97,6 +97,17 @@ impl Scope {
     }
 }
 
+impl Entry {
+    /// Whether a reader that is told to leave this out may leave its head out, for its topic's sake.
+    fn is_left_out(&self, held: &Held) -> bool {
+        match &self.topic {
+            Some(topic) => held.topics.contains(topic),
+            // It may be one of those that are held.
+            None => !held.topics.is_empty(),
+        }
+    }
+}
+
 impl Holds {
     pub(super) fn held(&self) -> Arc<Held> {
         self.held.clone()
@@ -121,10 +132,14 @@ impl Holds {
             .min()
     }
 
-    /// Whether anything waits for time to pass or for an answer, and not for an operator.
+    /// Whether anything waits for time to pass or for an answer, and not for an operator or for its topic.
     pub(super) fn any_waiting(&self) -> bool {
         !self.overflows.is_empty()
-            || self.entries.values().any(|entry| entry.state != State::Parked)
+            || self.entries.values().any(|entry| match entry.state {
+                State::Waiting { .. } => true,
+                State::Parked => false,
+                State::Trying { .. } => !entry.is_left_out(&self.held),
+            })
             || self
                 .topics
                 .values()
@@ -352,7 +367,10 @@ impl Machine {
 
     /// Drops everything of a key that has not left for the sink. Its hold asks for it again.
     fn drop_key(&mut self, shard: Shard, key: &OrderKey) {
-        if !self.unresolved(shard).any(|other| other == key) {
+        let mut flights = self
+            .flights
+            .range((shard, Position::MIN)..=(shard, Position::MAX));
+        if !flights.any(|(_, flight)| flight.stage == Stage::Ready && flight.key.as_ref() == Some(key)) {
             return;
         }
         let waiting = self
@@ -419,6 +437,7 @@ impl Machine {
             .take_while(|(due, ..)| *due <= now)
             .cloned()
             .collect();
+        let active: BTreeSet<Shard> = self.leasing.active().iter().map(|owned| owned.shard).collect();
         let shards: BTreeSet<Shard> = due.iter().map(|(_, shard, _)| *shard).collect();
         let unresolved: HashSet<(Shard, OrderKey)> = shards
             .into_iter()
@@ -432,8 +451,12 @@ impl Machine {
             let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) else {
                 continue;
             };
-            if unresolved || self.flights.contains_key(&(shard, entry.head.position)) {
-                // The sink still has some of it, or the hold is not written yet and its head would not be read.
+            if unresolved
+                || !active.contains(&shard)
+                || self.flights.contains_key(&(shard, entry.head.position))
+            {
+                // The sink still has some of it, or its shard is to be given up and is not read, or the hold is not
+                // written yet and its head would not be read.
                 entry.state = State::Waiting { due: later };
                 self.holds.queue.remove(&(due, shard, scope.clone()));
                 self.holds.queue.insert((later, shard, scope));
@@ -460,17 +483,17 @@ impl Machine {
             };
             reread.push(Reread { shard, scope, from });
         }
-        self.release_overflows(&mut reread);
+        self.release_overflows(&active, &mut reread);
         self.release_due_topics(now, fetch);
         reread
     }
 
-    fn release_overflows(&mut self, reread: &mut Vec<Reread>) {
+    fn release_overflows(&mut self, active: &BTreeSet<Shard>, reread: &mut Vec<Reread>) {
         let drained: Vec<(Shard, OrderKey)> = self
             .holds
             .overflows
             .keys()
-            .filter(|place| !self.queues.contains_key(place))
+            .filter(|place| active.contains(&place.0) && !self.queues.contains_key(place))
             .cloned()
             .collect();
         for (shard, key) in drained {
@@ -503,11 +526,7 @@ impl Machine {
                 matches!(entry.state, State::Trying { fetch } if fetch <= answered)
                     && asked.shards.iter().any(|owned| owned.shard == *shard)
                     // Its topic was held, or has been since, and took the head out of flight.
-                    && ![&asked.held, &self.holds.held].iter().any(|held| match &entry.topic {
-                        Some(topic) => held.topics.contains(topic),
-                        // It may be one of those that are held.
-                        None => !held.topics.is_empty(),
-                    })
+                    && ![&asked.held, &self.holds.held].iter().any(|held| entry.is_left_out(held))
                     // It came too soon behind others of its key, and is read again when there is room.
                     && !matches!(scope, Scope::Key(key) if self.holds.overflowed(&(*shard, key.clone())))
                     && !self.flights.contains_key(&(*shard, entry.head.position))
@@ -694,6 +713,51 @@ mod tests {
         holds.topics.insert("t".into(), topic(probing));
         assert_eq!(holds.due(), None);
         assert!(holds.any_waiting());
+    }
+
+    #[test]
+    fn what_is_tried_waits_for_its_head_unless_that_is_left_out_for_its_topic() {
+        let mut holds = Holds::default();
+        let tried = keyed("t", "k", 1);
+        let scope = Scope::Key(tried.message.order_key().unwrap());
+        let trying = State::Trying { fetch: 1 };
+        holds.wait(Shard(0), scope, tried.reference(), 1, trying);
+        assert!(holds.any_waiting());
+        let blocked = TopicEntry {
+            attempts: 1,
+            state: TopicState::Waiting { due: SECOND },
+            written: BTreeMap::new(),
+        };
+        holds.topics.insert("t".into(), blocked);
+        Arc::make_mut(&mut holds.held).topics.insert("t".into());
+        assert!(!holds.any_waiting());
+    }
+
+    #[test]
+    fn nothing_is_released_of_a_shard_that_is_not_read() {
+        let (kept, given_up) = (keyed("t", "k", 1), keyed("t", "l", 2));
+        let setup = Setup {
+            shards: 2,
+            ..one_shard()
+        };
+        let mut stand = Stand::of(setup);
+        let scope = |record: &Record| Scope::Key(record.message.order_key().unwrap());
+        let waiting = State::Waiting { due: Duration::ZERO };
+        let machine = &mut stand.machine;
+        machine
+            .holds
+            .wait(Shard(0), scope(&kept), kept.reference(), 1, waiting);
+        machine
+            .holds
+            .wait(Shard(1), scope(&given_up), given_up.reference(), 1, waiting);
+        machine.leasing.owned.get_mut(&Shard(1)).unwrap().loaded = false;
+        let released = machine.release_due_holds(stand.now);
+        assert_eq!(
+            released.iter().map(|reread| reread.shard).collect::<Vec<_>>(),
+            [Shard(0)]
+        );
+        let entry = &machine.holds.entries[&(Shard(1), scope(&given_up))];
+        assert!(matches!(entry.state, State::Waiting { due } if due > stand.now));
     }
 
     #[test]

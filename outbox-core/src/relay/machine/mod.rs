@@ -45,7 +45,7 @@ pub(crate) use event::{BatchId, Command, Event, Note};
 
 use self::fetching::Fetching;
 use self::holding::Holds;
-use self::leasing::Leasing;
+use self::leasing::{Leasing, Owned};
 use self::publishing::Publishing;
 use self::settling::Settling;
 use crate::fetch::{Record, RecordRef};
@@ -206,19 +206,35 @@ impl Machine {
         self.left
     }
 
-    /// Whether all shards are owned and nothing is eligible, due or in flight: what is left is parked or blocked.
+    /// Whether nothing of the shards that are owned is eligible, due or in flight: what is left of them is parked or
+    /// blocked.
     pub(crate) fn is_idle(&self) -> bool {
-        self.leasing.owned.len() == usize::from(self.setup.shards)
-            && self
-                .leasing
-                .owned
-                .values()
-                .all(|owned| owned.is_active() && owned.reread.is_none())
-            && self.flights.is_empty()
-            && self.settling.is_empty()
+        let mut owned = self.leasing.owned.values().peekable();
+        let owns_nothing = owned.peek().is_none();
+        owned.all(|owned| owned.is_active() && owned.reread.is_none())
+            && self.is_empty()
             && self.publishing.is_open()
-            && self.fetching.found_nothing()
+            && (owns_nothing || self.fetching.found_nothing())
             && !self.holds.any_waiting()
+            && (owns_nothing || self.has_promoted())
+    }
+
+    pub(crate) fn owns_all(&self) -> bool {
+        self.leasing.owned.len() == usize::from(self.setup.shards)
+    }
+
+    pub(crate) fn owned(&self) -> usize {
+        self.leasing.owned.len()
+    }
+
+    /// Whether there is anything to read.
+    pub(crate) fn reads(&self) -> bool {
+        self.leasing.owned.values().any(Owned::is_active)
+    }
+
+    /// Whether there is anything to settle.
+    pub(crate) fn settles(&self) -> bool {
+        !self.settling.is_empty()
     }
 
     /// Whether nothing at all is in flight here.
@@ -339,7 +355,7 @@ mod tests {
         };
         let idle = || {
             let stand = Stand::of(setup.clone());
-            assert!(stand.machine.is_idle());
+            assert!(stand.machine.is_idle() && stand.machine.owns_all());
             stand
         };
         let not = |what: &str, change: &dyn Fn(&mut Machine)| {
@@ -347,7 +363,9 @@ mod tests {
             change(&mut stand.machine);
             assert!(!stand.machine.is_idle(), "{what}");
         };
-        not("another owns a shard", &|machine| machine.lose(Shard(1), "taken"));
+        not("a wake-up says that there is more", &|machine| {
+            machine.fetching.wake()
+        });
         not("the holds of a shard are not known", &|machine| {
             machine.leasing.owned.get_mut(&Shard(0)).unwrap().loaded = false;
         });
@@ -377,6 +395,42 @@ mod tests {
         );
         stand.until(|command| matches!(command, Command::Fetch { .. }).then_some(()));
         assert!(!stand.machine.is_idle(), "it asks whether there is more");
+
+        let mut stand = idle();
+        stand.machine.lose(Shard(1), "taken");
+        assert!(
+            stand.machine.is_idle() && !stand.machine.owns_all(),
+            "it is another's"
+        );
+        stand.machine.lose(Shard(0), "taken");
+        assert!(stand.machine.is_idle(), "all is");
+    }
+
+    #[test]
+    fn a_relay_is_not_idle_before_it_has_looked_for_what_was_scheduled_and_is_due() {
+        let promotion = |promoted, next_in| crate::Promotion {
+            promoted,
+            next_in,
+            lost: Vec::new(),
+        };
+        for (promotion, idle) in [
+            (promotion(0, None), true),
+            (promotion(0, Some(SECOND)), true),
+            (promotion(0, Some(Duration::ZERO)), false),
+            (promotion(1, None), false),
+        ] {
+            let mut stand = Stand::apart(Setup {
+                scheduled: true,
+                ..Setup::of_one_shard(parking())
+            });
+            stand.until(|command| matches!(command, Command::Promote { .. }).then_some(()));
+            stand.run();
+            assert!(!stand.machine.is_idle(), "it asks what is due");
+            stand.tell(Event::Promoted {
+                result: Ok(promotion.clone()),
+            });
+            assert_eq!(stand.machine.is_idle(), idle, "{promotion:?}");
+        }
     }
 
     #[test]

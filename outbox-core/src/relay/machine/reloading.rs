@@ -15,10 +15,13 @@ use crate::shard::{OwnedShard, Shard};
 pub(super) struct Loading {
     pub(super) shards: Vec<OwnedShard>,
     pub(super) moment: u64,
+    pub(super) at: Duration,
 }
 
 /// How soon the relay notices that an operator resumed something.
 const RELOAD_EVERY: Duration = Duration::from_secs(2);
+/// How many times as long as a load has taken the pause after it is at least: very many notes are read more rarely.
+const RELOAD_SHARE: u32 = 10;
 
 impl Machine {
     pub(super) fn poll_holds(&mut self, now: Duration) -> Option<Command> {
@@ -36,6 +39,7 @@ impl Machine {
         self.holds.loading = Some(Loading {
             shards: shards.clone(),
             moment: self.holds.moment,
+            at: now,
         });
         Some(Command::LoadHolds { shards })
     }
@@ -44,8 +48,11 @@ impl Machine {
         self.leasing.owned.get(&shard).is_none_or(|owned| owned.loaded)
     }
 
-    fn wants_reload(&self) -> bool {
-        !self.holds.entries.is_empty() || !self.holds.topics.is_empty()
+    /// Whether notes are to be read, now and then.
+    pub(crate) fn loads_holds(&self) -> bool {
+        !self.holds.entries.is_empty()
+            || !self.holds.topics.is_empty()
+            || self.leasing.owned.values().any(|owned| !owned.loaded)
     }
 
     /// Asks for the holds of new shards at once.
@@ -54,9 +61,7 @@ impl Machine {
     }
 
     pub(super) fn holds_due(&self) -> Option<Duration> {
-        let waits = self.holds.loading.is_none()
-            && !self.stopping
-            && (self.wants_reload() || self.leasing.owned.values().any(|owned| !owned.loaded));
+        let waits = self.holds.loading.is_none() && !self.stopping && self.loads_holds();
         (waits && !self.leasing.owned.is_empty()).then_some(self.holds.load_next)
     }
 
@@ -79,7 +84,8 @@ impl Machine {
             }
         };
         self.holds.load_failures = 0;
-        self.holds.load_next = now + RELOAD_EVERY;
+        let took = now.saturating_sub(loading.at);
+        self.holds.load_next = now + RELOAD_EVERY.max(took.saturating_mul(RELOAD_SHARE));
         let mut fresh = BTreeSet::new();
         for owned in &loading.shards {
             if let Some(own) = self.leasing.owned.get_mut(&owned.shard)
@@ -306,6 +312,18 @@ mod tests {
             stand.machine.leasing.active().is_empty(),
             "nothing is read before"
         );
+    }
+
+    #[test]
+    fn notes_that_take_long_to_read_are_read_more_rarely() {
+        let parked = hold_of(&keyed("t", "k", 1), HoldState::Parked);
+        let mut stand = holding(Setup::of_one_shard(RelayConfig::default()), vec![parked]);
+        for (took, pause) in [(ms(1), SECOND * 2), (SECOND, SECOND * 10)] {
+            load(&mut stand);
+            stand.now += took;
+            stand.loaded();
+            assert_eq!(stand.machine.holds_due(), Some(stand.now + pause));
+        }
     }
 
     #[test]

@@ -240,7 +240,7 @@ impl Machine {
         self.note(Note::TopicHeld {
             topic: topic.clone(),
             pause,
-            reason: Reason::from("too many of its messages wait"),
+            reason: Reason::from("too many of its messages wait for a retry or an operator"),
         });
     }
 
@@ -743,6 +743,7 @@ mod tests {
         let moment = stand.machine.holds.moment;
         let mut due = |moment, shards: &[_]| {
             let loading = Loading {
+                at: Duration::ZERO,
                 shards: shards.to_vec(),
                 moment,
             };
