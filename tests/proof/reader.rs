@@ -27,7 +27,7 @@ pub(crate) fn counter(servers: &str, topic: &str) -> impl Fn() -> i64 + use<> {
     let (consumer, partitions) = consumer(servers, topic);
     let topic = topic.to_owned();
     let count = move |partition: &i32| {
-        let (begin, end) = patiently(|| consumer.fetch_watermarks(&topic, *partition, PATIENCE));
+        let (begin, end) = patiently(|| consumer.fetch_watermarks(&topic, *partition, ANSWER));
         end - begin
     };
     move || partitions.iter().map(&count).sum()
@@ -43,7 +43,7 @@ fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
         .set("reconnect.backoff.max.ms", "100")
         .create()
         .unwrap();
-    let metadata = patiently(|| consumer.fetch_metadata(Some(topic), PATIENCE));
+    let metadata = patiently(|| consumer.fetch_metadata(Some(topic), ANSWER));
     let partitions = metadata.topics()[0]
         .partitions()
         .iter()
@@ -53,7 +53,7 @@ fn consumer(servers: &str, topic: &str) -> (BaseConsumer, Vec<i32>) {
 }
 
 fn read_partition(consumer: &BaseConsumer, topic: &str, partition: i32, arrived: &mut Vec<Arrived>) {
-    let (begin, end) = patiently(|| consumer.fetch_watermarks(topic, partition, PATIENCE));
+    let (begin, end) = patiently(|| consumer.fetch_watermarks(topic, partition, ANSWER));
     let mut assignment = TopicPartitionList::new();
     assignment
         .add_partition_offset(topic, partition, Offset::Offset(begin))
@@ -102,4 +102,6 @@ fn patiently<T>(ask: impl Fn() -> KafkaResult<T>) -> T {
 }
 
 /// How long the broker may be silent.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long one question may take, so that it is asked more than once.
+const ANSWER: Duration = Duration::from_secs(5);
