@@ -14,6 +14,7 @@ use sqlx::mysql::MySqlConnection;
 use crate::config::MysqlConfig;
 use crate::error::During;
 use crate::row::{Rows, number, optional_number};
+use crate::schema::read_only;
 use crate::session::{Opening, run};
 use crate::sql::{Asking, Barred, Sql, WRITERS, safe};
 
@@ -116,6 +117,9 @@ async fn batch(
     while let Some(row) = stream.try_next().await.during(DURING)? {
         let index = usize::try_from(number(&row, 1).during(DURING)?).unwrap_or_default();
         let place = match number(&row, 0).during(DURING)? {
+            0 if index == 0 => continue,
+            // What it has comes from another one: in its own order, and later than that one shows it.
+            0 => return Err(read_only(DURING)),
             1 => Place::Single,
             2 => Place::Lane(index),
             _ => Place::Shard(index),

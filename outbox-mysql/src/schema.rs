@@ -151,13 +151,17 @@ async fn server(session: &mut Session) -> Result<()> {
         .with("version", version));
     }
     if number(row, 1).during(CHECK)? != 0 {
-        return Err(Error::new(
-            ErrorKind::Unavailable,
-            CHECK,
-            "the server is read only: is it a replica? Connect to the primary",
-        ));
+        return Err(read_only(CHECK));
     }
     Ok(())
+}
+
+pub(crate) fn read_only(operation: &'static str) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        operation,
+        "the server is read only: is it a replica? Connect to the primary",
+    )
 }
 
 /// Check constraints, `JSON_TABLE` and window functions: since when a server has them all.

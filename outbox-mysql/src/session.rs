@@ -36,6 +36,10 @@ pub(crate) struct Opening {
     connect_timeout: Duration,
 }
 
+/// How many seconds a lock is waited for: a settlement or a promotion that waits has its leases locked, and these must be
+/// renewed.
+const LOCKED: u64 = 2;
+
 impl Opening {
     pub(crate) fn new(config: &MysqlConfig) -> Result<Self> {
         let limit = config.statement_timeout;
@@ -52,7 +56,7 @@ impl Opening {
                  group_concat_max_len = 1000000, innodb_lock_wait_timeout = {} \
                  /*!80000 , max_execution_time = {millis}, range_optimizer_max_mem_size = 0 */ \
                  /*M! , max_statement_time = {seconds}, in_predicate_conversion_threshold = 0 */",
-                limit.as_secs().max(1),
+                limit.as_secs().clamp(1, LOCKED),
             ),
             statement: limit,
             limit: limit.saturating_add(GRACE),

@@ -22,7 +22,7 @@ use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 pub(crate) use self::literal::Field;
 use self::literal::{json, list, literal, no_number_of, none_of, text};
-pub(crate) use self::tables::{META, SERVER, WRITERS, grants, migration, ordering, tables};
+pub(crate) use self::tables::{META, READ_ONLY, SERVER, WRITERS, grants, migration, ordering, tables};
 use crate::config::MysqlConfig;
 use crate::hold::{named, whole};
 
@@ -82,6 +82,9 @@ fn ahead(millis: impl Display) -> String {
 fn locking(mysql: &str, mariadb: &str, table: &str) -> String {
     format!("/*!80000 FOR {mysql} OF {table} */ /*M! {mariadb} */")
 }
+
+/// How many columns [`read`] has.
+const READ: usize = 9;
 
 /// A message of the table `o` as [`crate::row`] reads it. What is too large for the server to send stays there, and its
 /// size comes instead.
@@ -253,7 +256,8 @@ fn holds(relay: &str, owned: &[OwnedShard], now: &str) -> String {
 
 /// Leases.
 impl Sql {
-    /// Renews the membership and what the relay still holds. The answers: 2, the relays that are over; 3, how many
+    /// Renews the membership and what the relay still holds, never to an earlier end, should an answer that was not waited
+    /// for come last. The answers: 2, the relays that are over; 3, how many
     /// others are alive; 4, what is held.
     pub(crate) fn renew(&self, relay: &str, ttl: i64) -> String {
         let Self {
@@ -261,8 +265,9 @@ impl Sql {
         } = self;
         let (name, until) = (text(relay), ahead(ttl));
         format!(
-            "INSERT INTO {relays} (relay, until) VALUES ({name}, {until}) ON DUPLICATE KEY UPDATE until = {until}; \
-             UPDATE {lease} SET until = {until} WHERE owner = {name} AND until > {NOW} ORDER BY shard; \
+            "INSERT INTO {relays} (relay, until) VALUES ({name}, {until}) \
+             ON DUPLICATE KEY UPDATE until = GREATEST(until, {until}); \
+             UPDATE {lease} SET until = GREATEST(until, {until}) WHERE owner = {name} AND until > {NOW} ORDER BY shard; \
              SELECT relay FROM {relays} WHERE until <= {NOW}; \
              SELECT COUNT(*) FROM {relays} WHERE until > {NOW} AND relay <> {name}; \
              {}",
@@ -692,15 +697,14 @@ impl Sql {
     pub(crate) fn stats(&self, most: u64) -> String {
         let count = |table: &str| format!("SELECT COUNT(*) FROM (SELECT 1 FROM {table} LIMIT {most}) c; ");
         format!(
-            "{}{}SELECT -({}) FROM {} ORDER BY id LIMIT 1; \
-             SELECT SUM(NOT parked), SUM(parked) FROM {}; SELECT COUNT(*) FROM {}; SELECT COUNT(*) FROM {}; {}",
+            "{}{}SELECT -({}) FROM {} ORDER BY id LIMIT 1; SELECT SUM(NOT parked), SUM(parked) FROM {}; {}{}{}",
             count(&self.outbox),
             count(&self.processed),
             left("created_at"),
             self.outbox,
             self.hold,
-            self.dead,
-            self.scheduled,
+            count(&self.dead),
+            count(&self.scheduled),
             self.owners()
         )
     }
@@ -797,7 +801,7 @@ pub(crate) struct Asking<'a> {
 /// Reading.
 impl Sql {
     /// What a plan asks for, in the order of its parts: the part, its index, and the row. One statement, that is one
-    /// snapshot.
+    /// snapshot. The first part is the server's: whether it takes no writes.
     ///
     /// Who owns most shards goes through the table in its order; who owns few, through these alone.
     pub(crate) fn fetch(&self, asking: &Asking<'_>) -> String {
@@ -818,7 +822,7 @@ impl Sql {
         };
         let by_shard = format!("`{}_shard`", self.prefix);
         let skip = no_number_of("o.id", &plan.skip);
-        let mut parts = Vec::new();
+        let mut parts = vec![format!("(SELECT 0, {READ_ONLY}, 0, 0{})", ", NULL".repeat(READ))];
         if !plan.singles.is_empty() {
             let ids = list(plan.singles.iter().map(|(_, id)| id));
             let condition = format!("o.id IN ({ids}) AND {}", barred.topics());
@@ -864,7 +868,7 @@ impl Sql {
         let all = parts.join(" UNION ALL ");
         if few {
             let apart = plan.singles.len() + plan.lanes.iter().map(|lane| lane.quota).sum::<usize>();
-            let most = apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
+            let most = 1 + apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
             format!("{all} ORDER BY 1, 2, 4 LIMIT {most}")
         } else {
             all

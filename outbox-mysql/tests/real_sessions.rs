@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use common::{Place, Server, delivered, message, on_each_server, request, unique, until};
 use outbox_core::{
-    DeadLetterQuery, Death, Epoch, Error, ErrorKind, HoldChange, Membership, MemorySink, Message, MessageId,
-    Ordering, OutboxStore, OwnedShard, Position, Record, RecordRef, Relay, RelayConfig, RelayId, Result,
-    Settlement, Shard, ShardSettlement, Subject,
+    DeadLetterQuery, Death, Epoch, Error, ErrorKind, HoldChange, LeaseRequest, LeaseStatus, Membership,
+    MemorySink, Message, MessageId, Ordering, OutboxStore, OwnedShard, Position, Record, RecordRef, Relay,
+    RelayConfig, RelayId, Result, Settlement, Shard, ShardSettlement, Subject,
 };
 use outbox_mysql::secrecy::ExposeSecret;
 use outbox_mysql::sqlx::mysql::{MySqlPool, MySqlPoolOptions};
@@ -36,6 +36,8 @@ use tokio::task::JoinHandle;
 use trouble::{EACH, KEYS, address, asking_again, assert_in_order, dropped_after, hold, lease_request};
 
 on_each_server!(
+    a_promotion_that_waits_for_a_producer_leaves_the_leases_to_be_renewed,
+    a_renewal_that_comes_last_does_not_shorten_the_lease,
     dropped_futures_leave_nothing_half_done,
     a_connection_that_is_cut_fails_the_call_and_no_other,
     an_answer_that_breaks_off_is_no_answer,
@@ -1200,12 +1202,15 @@ async fn a_server_that_takes_no_writes_is_waited_for(server: Server) {
             administrator.execute(AssertSqlSafe(set)).await.unwrap();
         }
     };
-    set(true, &mut administrator).await;
-    let store = &place.store;
+    let mut reader = place.store.reader().await.unwrap();
     let owned = [OwnedShard {
         shard: Shard(0),
         epoch: Epoch(1),
     }];
+    let asked = request(&owned, 10);
+    common::fetch(&mut reader, &asked).await;
+    set(true, &mut administrator).await;
+    let store = &place.store;
     let mut part = ShardSettlement::new(Shard(0), Epoch(1));
     part.delivered.push(RecordRef {
         position: Position(1),
@@ -1220,6 +1225,8 @@ async fn a_server_that_takes_no_writes_is_waited_for(server: Server) {
         store.settle(&place.settlement(vec![part])).await.unwrap_err(),
         MysqlStore::connect(place.config.clone()).await.unwrap_err(),
         migrate(&place.config).await.unwrap_err(),
+        // One that has been reading, and could go on: what it has would come from the new primary, in another order.
+        reader.fetch(&asked).await.unwrap_err(),
     ] {
         println!("{error:?}");
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
@@ -1232,7 +1239,7 @@ async fn a_server_that_takes_no_writes_is_waited_for(server: Server) {
         .await
         .unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused:?}");
-    // Who only reads may.
+    // Who only looks may.
     store.stats().await.unwrap();
     until(Duration::from_secs(20), async || {
         (place
@@ -1249,6 +1256,62 @@ async fn a_server_that_takes_no_writes_is_waited_for(server: Server) {
     place.enqueue(&[message("t", Some("0"), "2")]).await;
     running.sent(3).await;
     assert_in_order(&running.stop(&place).await, 1, 3);
+}
+
+async fn a_promotion_that_waits_for_a_producer_leaves_the_leases_to_be_renewed(server: Server) {
+    let place = Place::with(server, |config| config.ordering = Ordering::Sequenced).await;
+    let due = Message::builder("t").key("k").payload("due");
+    let ahead = std::time::SystemTime::now() + Duration::from_secs(3_600);
+    let mut producer = begin(&place.pool).await.unwrap();
+    for message in [
+        message("t", Some("k"), "1"),
+        due.deliver_at(ahead).build().unwrap(),
+    ] {
+        place.outbox.enqueue(&mut producer, &message).await.unwrap();
+    }
+    producer.commit().await.unwrap();
+    place
+        .sql("UPDATE {_scheduled} SET deliver_at = UTC_TIMESTAMP(6)")
+        .await;
+    let owned = place.lease().await;
+
+    let mut producer = begin(&place.pool).await.unwrap();
+    let second = message("t", Some("k"), "2");
+    place.outbox.enqueue(&mut producer, &second).await.unwrap();
+    let scheduled = place.store.scheduled().unwrap();
+    let renewals = async {
+        let mut slowest = Duration::ZERO;
+        for _ in 0..10 {
+            let begin = Instant::now();
+            place.lease().await;
+            slowest = slowest.max(begin.elapsed());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        slowest
+    };
+    let (promotion, slowest) = tokio::join!(scheduled.promote(&place.relay, &owned, 10), renewals);
+    let error = promotion.unwrap_err();
+    assert!(error.is_retryable(), "{error:?}");
+    assert!(slowest < place.config.statement_timeout / 2, "{slowest:?}");
+    producer.commit().await.unwrap();
+    let promotion = scheduled.promote(&place.relay, &owned, 10).await.unwrap();
+    assert_eq!(promotion.promoted, 1);
+}
+
+async fn a_renewal_that_comes_last_does_not_shorten_the_lease(server: Server) {
+    let place = Place::new(server).await;
+    let renew = async |ttl| {
+        let request = LeaseRequest {
+            ttl,
+            ..lease_request("relay")
+        };
+        place.store.lease(&request).await.unwrap()
+    };
+    renew(Duration::from_secs(60)).await;
+    renew(Duration::from_secs(1)).await;
+    let leases = place.store.stats().await.unwrap().leases;
+    let longer = |lease: &LeaseStatus| lease.time_left > Duration::from_secs(30);
+    assert!(leases.iter().all(longer), "{leases:?}");
 }
 
 async fn a_network_that_cuts_is_survived_by_a_relay(server: Server) {

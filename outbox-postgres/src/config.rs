@@ -113,6 +113,15 @@ impl PostgresConfig {
                 "url must begin with postgres://, expected postgres://user:password@host:port/database",
             ));
         }
+        let query = url.split_once('?').map_or("", |(_, query)| query);
+        // The driver ignores what it does not know, and logs its value: sslpassword, say.
+        if let Some(name) = query
+            .split(['&', '#'])
+            .filter_map(|pair| pair.split('=').next())
+            .find(|name| !name.is_empty() && !name.starts_with("options") && !PARAMETERS.contains(name))
+        {
+            return Err(invalid("url has a parameter that is not known").with("parameter", name));
+        }
         // What the parser says may hold a part of the URL, and with it the password.
         let mut options = PgConnectOptions::from_str(url).map_err(|_| {
             invalid(
@@ -121,11 +130,9 @@ impl PostgresConfig {
             )
         })?;
         let local = options.get_socket().is_some() || is_loopback(options.get_host());
-        let named = url.split_once('?').is_some_and(|(_, query)| {
-            query
-                .split('&')
-                .any(|pair| pair.starts_with("sslmode=") || pair.starts_with("ssl-mode="))
-        });
+        let named = query
+            .split('&')
+            .any(|pair| pair.starts_with("sslmode=") || pair.starts_with("ssl-mode="));
         if !local {
             match options.get_ssl_mode() {
                 _ if !named => options = options.ssl_mode(PgSslMode::VerifyFull),
@@ -169,6 +176,26 @@ impl PostgresConfig {
 }
 
 const CONFIGURE: &str = "configure";
+/// The parameters of a URL that sqlx knows, beside options.
+const PARAMETERS: [&str; 17] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+];
 
 impl Default for PostgresConfig {
     fn default() -> Self {
@@ -326,6 +353,13 @@ mod tests {
     }
 
     #[test]
+    fn a_parameter_that_the_driver_does_not_know_is_named() {
+        let error = options("postgres://db.example/a?sslmode=require&sslpassword=x").unwrap_err();
+        assert!(error.to_string().contains("sslpassword"), "{error}");
+        assert!(options("postgres://db.example/a?application_name=b&options=-c%20jit%3Doff").is_ok());
+    }
+
+    #[test]
     fn no_secret_is_told() {
         for url in [
             "postgres://app:canary@db.example/shop",
@@ -333,6 +367,7 @@ mod tests {
             "postgres://app:canary@db.example:notaport/shop",
             "mysql://app:canary@db.example/shop",
             "postgres://db.example/shop?password=canary",
+            "postgres://db.example/shop?sslmode=require&sslpassword=canary",
         ] {
             let config = PostgresConfig::new(url);
             let mut told = format!("{config:?} {}", config.describe());

@@ -161,7 +161,11 @@ impl Scheduled for PostgresStore {
         let mut promotion = self.look_ahead(relay, owned).await?;
         if promotion.next_in == Some(Duration::ZERO) && most > 0 {
             let (shards, epochs) = epochs(owned);
-            let mut session = self.control.open(PROMOTE).await?;
+            let mut session = self.control.begin(PROMOTE).await?;
+            // Counters may be locked by a producer that stays open, and the leases are locked meanwhile.
+            session
+                .run(format!("SET LOCAL lock_timeout = '{LOCKED}'"))
+                .await?;
             let query = self.sql.promote.query().bind(shards).bind(epochs);
             let promoted = session.row(query.bind(relay.as_str()).bind(limit(most))).await?;
             session.finish().await?;
@@ -176,6 +180,8 @@ impl Scheduled for PostgresStore {
 }
 
 const PROMOTE: &str = "promote";
+/// How long a promotion waits for a lock: shorter than a renewal of the leases is waited for.
+const LOCKED: &str = "500ms";
 
 impl PostgresStore {
     /// What is planned, and what is lost: most often nothing is due, and that is asked without locking a thing.

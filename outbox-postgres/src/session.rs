@@ -26,54 +26,50 @@ const ISOLATION: &str = "read committed";
 impl Settings {
     /// For leases, for operators and for settlements that wait for the disk, whatever the server's default.
     pub(crate) fn durable(config: &PostgresConfig) -> Self {
+        Self::of_all(config).with("synchronous_commit", "on")
+    }
+
+    fn of_all(config: &PostgresConfig) -> Self {
+        let limit = config.statement_timeout.as_millis().to_string();
         Self(vec![
-            (
-                "statement_timeout",
-                config.statement_timeout.as_millis().to_string(),
-            ),
-            ("synchronous_commit", "on".to_owned()),
+            ("statement_timeout", limit),
+            // A relay that stands still amid a transaction must not keep its leases locked.
+            ("idle_in_transaction_session_timeout", "5000".to_owned()),
         ])
     }
 
-    /// For settlements. The plan must not depend on how full the table was when it was made, so it is made once, for
+    fn with(mut self, name: &'static str, value: &str) -> Self {
+        self.0.push((name, value.to_owned()));
+        self
+    }
+
+    /// For settlements. Those of deliveries alone need not wait for the disk; the statement of the others sees to it that they
+    /// do. The plan must not depend on how full the table was when it was made, so it is made once, for
     /// any parameters, and uses the primary key.
     pub(crate) fn settling(config: &PostgresConfig) -> Self {
         let durable = config.synchronous_settle || config.pooler;
-        Self(vec![
-            (
-                "statement_timeout",
-                config.statement_timeout.as_millis().to_string(),
-            ),
-            (
-                "synchronous_commit",
-                if durable { "on" } else { "off" }.to_owned(),
-            ),
-        ])
-        .with_index_plans()
+        Self::of_all(config)
+            .with("synchronous_commit", if durable { "on" } else { "off" })
+            .with_index_plans()
     }
 
     /// For readers; the same of plans.
     pub(crate) fn reading(config: &PostgresConfig) -> Self {
-        Self(vec![(
-            "statement_timeout",
-            config.statement_timeout.as_millis().to_string(),
-        )])
-        .with_index_plans()
+        Self::of_all(config).with_index_plans()
     }
 
-    fn with_index_plans(mut self) -> Self {
-        for off in [
+    fn with_index_plans(self) -> Self {
+        [
             "enable_seqscan",
             "enable_bitmapscan",
             "enable_hashjoin",
             "enable_mergejoin",
             "jit",
-        ] {
-            self.0.push((off, "off".to_owned()));
-        }
-        self.0.push(("max_parallel_workers_per_gather", "0".to_owned()));
-        self.0.push(("plan_cache_mode", "force_generic_plan".to_owned()));
-        self
+        ]
+        .into_iter()
+        .fold(self, |settings, off| settings.with(off, "off"))
+        .with("max_parallel_workers_per_gather", "0")
+        .with("plan_cache_mode", "force_generic_plan")
     }
 
     /// What begins a transaction that has these settings by itself, for connections that keep none.

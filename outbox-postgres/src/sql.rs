@@ -293,7 +293,7 @@ impl Sql {
                         "WITH {rows}, counted AS ( \
                              INSERT INTO {numbers} AS s (topic, key, last) \
                              SELECT topic, key, count(*) FROM fresh WHERE key IS NOT NULL \
-                             GROUP BY topic, key ORDER BY topic, key \
+                             GROUP BY topic, key ORDER BY topic COLLATE \"C\", key \
                              ON CONFLICT (topic, key) DO UPDATE SET last = s.last + excluded.last \
                              RETURNING topic, key, last \
                          ){rest}"
@@ -398,17 +398,18 @@ impl Sql {
 
             fetch: statement(fetch(&outbox, &sequence)),
 
-            // Renews what the relay still holds, the membership first. Rows are locked in the order of shards, as
+            // Renews what the relay still holds, the membership first; never to an earlier end, should an answer that was not
+            // waited for come last. Rows are locked in the order of shards, as
             // settlements lock them, so that the two never wait for each other in a circle.
             lease: statement(format!(
                 "WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), \
                  gone AS (DELETE FROM {relay} WHERE relay IN (SELECT r.relay FROM {relay} r, clock \
                           WHERE r.until <= clock.now AND r.relay <> $1 ORDER BY r.relay FOR UPDATE OF r SKIP LOCKED)), \
                  member AS (INSERT INTO {relay} (relay, until) SELECT $1, now + $2 * interval '1 millisecond' FROM clock \
-                            ON CONFLICT (relay) DO UPDATE SET until = excluded.until), \
+                            ON CONFLICT (relay) DO UPDATE SET until = greatest({relay}.until, excluded.until)), \
                  own AS MATERIALIZED (SELECT l.shard FROM {lease} l WHERE l.owner = $1 AND l.until > clock_timestamp() \
                                       ORDER BY l.shard FOR NO KEY UPDATE), \
-                 renewed AS (UPDATE {lease} l SET until = clock.now + $2 * interval '1 millisecond' FROM own, clock \
+                 renewed AS (UPDATE {lease} l SET until = greatest(l.until, clock.now + $2 * interval '1 millisecond') FROM own, clock \
                              WHERE l.shard = own.shard RETURNING l.shard, l.epoch) \
                  SELECT (SELECT count(*) FROM {relay} r, clock WHERE r.until > clock.now AND r.relay <> $1) + 1, \
                         array_agg(shard ORDER BY shard), array_agg(epoch ORDER BY shard) FROM renewed"
@@ -442,8 +443,13 @@ impl Sql {
                 "WITH {held}, gone AS (DELETE FROM {outbox} o WHERE {delivered}) \
                  SELECT shard FROM held"
             )),
+            // What is given up or waits must stay so: the relay goes on with the key, and a crash of the server must not bring
+            // back what was before it.
             settle: statement(format!(
-                "WITH {held}, gone AS (DELETE FROM {outbox} o WHERE {delivered} RETURNING o.*), \
+                "WITH durable AS MATERIALIZED (SELECT set_config('synchronous_commit', CASE WHEN \
+                     cardinality($7::smallint[]) + cardinality($12::smallint[]) + cardinality($17::smallint[]) > 0 \
+                     THEN 'on' ELSE current_setting('synchronous_commit') END, true)), \
+                 {held}, gone AS (DELETE FROM {outbox} o WHERE {delivered} RETURNING o.*), \
                  {archived}\
                  doomed AS MATERIALIZED (SELECT f.place, u.attempts, u.reason FROM {given_up} AND {ours}), \
                  dying AS (DELETE FROM {outbox} o USING doomed d WHERE o.ctid = ANY (ARRAY(SELECT place FROM doomed)) \
@@ -464,7 +470,7 @@ impl Sql {
                      ON CONFLICT (shard, scope, topic, key, message) DO UPDATE SET head = excluded.head, \
                         head_message_id = excluded.head_message_id, attempts = excluded.attempts, \
                         parked = excluded.parked, due_at = excluded.due_at, reason = excluded.reason) \
-                 SELECT shard FROM held"
+                 SELECT shard FROM held, durable"
             )),
             bury: statement(format!(
                 "WITH dying AS (DELETE FROM {outbox} o WHERE shard = $1 AND id = $2 AND message_id = $3 \
@@ -544,7 +550,8 @@ impl Sql {
                 "SELECT count(*) FILTER (WHERE NOT parked), count(*) FILTER (WHERE parked) FROM {hold}"
             )),
             counts: statement(format!(
-                "SELECT (SELECT count(*) FROM {dead}), (SELECT count(*) FROM {scheduled})"
+                "SELECT (SELECT count(*) FROM (SELECT 1 FROM {dead} LIMIT $1) d), \
+                 (SELECT count(*) FROM (SELECT 1 FROM {scheduled} LIMIT $1) s)"
             )),
             processed_count: statement(format!(
                 "SELECT count(*) FROM (SELECT 1 FROM {processed} LIMIT $1) p"

@@ -204,7 +204,7 @@ impl OutboxStore for PostgresStore {
         let processed = bounded(&mut session, &sql.processed_count).await?;
         let oldest = session.row(sql.oldest.query()).await?;
         let holds = session.row(sql.hold_counts.query()).await?;
-        let counts = session.row(sql.counts.query()).await?;
+        let counts = session.row(sql.counts.query().bind(COUNTED)).await?;
         let (leases, relays) = owners(&mut session, sql, DURING).await?;
         session.finish().await?;
         Ok(Stats {

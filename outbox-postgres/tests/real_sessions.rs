@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 
 use common::{Place, delivered, message, request, unique, until, url};
 use outbox_core::{
-    DeadLetterQuery, Death, ErrorKind, HoldChange, Membership, MemorySink, Message, MessageId, Ordering,
-    OutboxStore, OwnedShard, Record, Relay, RelayConfig, RelayId, Settlement,
+    DeadLetterQuery, Death, ErrorKind, HoldChange, LeaseRequest, Membership, MemorySink, Message, MessageId,
+    Ordering, OutboxStore, OwnedShard, Record, Relay, RelayConfig, RelayId, Settlement,
 };
 use outbox_postgres::sqlx::postgres::{PgPool, PgPoolOptions};
 use outbox_postgres::sqlx::{self, AssertSqlSafe, Executor};
@@ -620,6 +620,91 @@ async fn a_relay_goes_on_by_itself_after_crashes_of_the_server() {
     assert_in_order(&sink.delivered(), KEYS, EACH);
     let stats = place.store.stats().await.unwrap();
     assert_eq!((stats.dead, stats.retrying, stats.parked), (0, 0, 0));
+}
+
+/// The relay goes on with the key then: were it undone, what was before would come behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_given_up_stays_so_when_the_server_crashes_at_once() {
+    let server = Server::start("wal_writer_delay = 10s");
+    for archive in [false, true] {
+        let place = Place::at(server.url(), |config| config.archive = archive).await;
+        place
+            .enqueue(&[message("t", Some("k"), "1"), message("t", Some("k"), "2")])
+            .await;
+        let owned = place.lease().await;
+        let records = place.fetch(10_000).await;
+        let mut parts = delivered(&owned, &records[1..]);
+        let part = parts.iter_mut().find(|part| !part.delivered.is_empty()).unwrap();
+        part.dead.push(Death {
+            record: records[0].reference(),
+            attempts: 1,
+            reason: "no".to_owned(),
+        });
+        place.store.settle(&place.settlement(parts)).await.unwrap();
+        server.stop("immediate");
+        server.again();
+        let stats = until(Duration::from_secs(30), async || place.store.stats().await.ok());
+        let stats = stats.await.unwrap();
+        assert_eq!((stats.dead, stats.backlog.value()), (1, 0), "archive: {archive}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promotion_that_waits_for_a_producer_leaves_the_leases_to_be_renewed() {
+    let place = Place::with(|config| config.ordering = Ordering::Sequenced).await;
+    place.enqueue(&[message("t", Some("k"), "1")]).await;
+    let due = Message::builder("t").key("k").payload("due");
+    let ahead = std::time::SystemTime::now() + Duration::from_secs(3_600);
+    place.enqueue(&[due.deliver_at(ahead).build().unwrap()]).await;
+    place
+        .sql(&place.named("UPDATE {_scheduled} SET deliver_at = now()"))
+        .await;
+    let owned = place.lease().await;
+
+    let mut producer = begin(&place.pool).await.unwrap();
+    place
+        .outbox
+        .enqueue(&mut producer, &message("t", Some("k"), "2"))
+        .await
+        .unwrap();
+    let scheduled = place.store.scheduled().unwrap();
+    let renewals = async {
+        let mut slowest = Duration::ZERO;
+        for _ in 0..10 {
+            let begin = Instant::now();
+            place.lease().await;
+            slowest = slowest.max(begin.elapsed());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        slowest
+    };
+    let (promotion, slowest) = tokio::join!(scheduled.promote(&place.relay, &owned, 10), renewals);
+    assert_eq!(promotion.unwrap_err().kind(), ErrorKind::Conflict);
+    assert!(slowest < place.config.statement_timeout / 2, "{slowest:?}");
+    producer.commit().await.unwrap();
+    let promotion = scheduled.promote(&place.relay, &owned, 10).await.unwrap();
+    assert_eq!(promotion.promoted, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_that_comes_last_does_not_shorten_the_lease() {
+    let place = Place::new().await;
+    let renew = async |ttl| {
+        let request = LeaseRequest {
+            ttl,
+            ..lease_request("relay")
+        };
+        place.store.lease(&request).await.unwrap()
+    };
+    renew(Duration::from_secs(60)).await;
+    renew(Duration::from_secs(1)).await;
+    let leases = place.store.stats().await.unwrap().leases;
+    assert!(
+        leases
+            .iter()
+            .all(|lease| lease.time_left > Duration::from_secs(30)),
+        "{leases:?}"
+    );
 }
 
 /// A standby does not tell which transactions are open; and what it has may be gone after a failover.

@@ -128,7 +128,8 @@ impl Default for SqliteConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Synchronous {
-    /// At checkpoints. A power loss may undo the last settlements, and their messages are sent again.
+    /// At checkpoints. A power loss may undo the last settlements of deliveries, and their messages are sent again. What is
+    /// given up, waits, is promoted or done by an operator goes to the disk at once.
     #[default]
     Normal,
     /// At each commit.

@@ -15,7 +15,7 @@ use crate::hold::list_holds;
 use crate::row::{Rows, SHARD, time};
 use crate::sql::Sql;
 use crate::store::{SqliteStore, bury, load_leases};
-use crate::worker::{millis, write};
+use crate::worker::{durably, millis, write};
 
 /// How many rows one transaction of an operator's moves, so that producers never wait long.
 const CHUNK: usize = 500;
@@ -30,10 +30,12 @@ impl SqliteStore {
         let sql = Arc::clone(&self.sql);
         self.operator
             .run(operation, move |connection, _| {
-                let transaction = write(connection, operation)?;
-                let result = job(&transaction, &sql).during(operation)?;
-                transaction.commit().during(operation)?;
-                Ok(result)
+                durably(connection, operation, |connection| {
+                    let transaction = write(connection, operation)?;
+                    let result = job(&transaction, &sql).during(operation)?;
+                    transaction.commit().during(operation)?;
+                    Ok(result)
+                })
             })
             .await
     }
@@ -199,10 +201,13 @@ impl Scheduled for SqliteStore {
                 if limit == 0 || idle.next_in != Some(Duration::ZERO) {
                     return Ok(idle);
                 }
-                let transaction = write(connection, DURING)?;
-                let promotion = promote(&transaction, &sql, &relay, &shards, limit).during(DURING)?;
-                transaction.commit().during(DURING)?;
-                Ok(promotion)
+                // A number that was given must not be given again, to a message of a producer's.
+                durably(connection, DURING, |connection| {
+                    let transaction = write(connection, DURING)?;
+                    let promotion = promote(&transaction, &sql, &relay, &shards, limit).during(DURING)?;
+                    transaction.commit().during(DURING)?;
+                    Ok(promotion)
+                })
             })
             .await
     }

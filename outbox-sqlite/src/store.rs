@@ -12,14 +12,14 @@ use outbox_core::{
 };
 use rusqlite::{Connection, Transaction, params};
 
-use crate::config::SqliteConfig;
+use crate::config::{SqliteConfig, Synchronous};
 use crate::error::During;
 use crate::hold::{list_holds, put_hold};
 use crate::reader::SqliteReader;
 use crate::row::SHARD;
 use crate::sql::Sql;
 use crate::wake::SqliteWakeUp;
-use crate::worker::{FileId, Worker, open, write};
+use crate::worker::{FileId, Worker, durably, open, write};
 
 /// An outbox in an SQLite file, as the relay and operators use it. One shard: SQLite has one writer anyway.
 ///
@@ -69,21 +69,34 @@ impl SqliteStore {
         })
     }
 
-    /// Does one short transaction of the relay's.
-    pub(crate) async fn transact<T, F>(&self, operation: &'static str, job: F) -> Result<T>
+    /// Does one short transaction of the relay's, as durable as configured or more.
+    async fn transact<T, F>(&self, operation: &'static str, least: Synchronous, job: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce(&Transaction<'_>, &Sql) -> Result<T> + Send + 'static,
     {
         let sql = Arc::clone(&self.sql);
+        let transact = move |connection: &mut Connection| {
+            let transaction = write(connection, operation)?;
+            let result = job(&transaction, &sql)?;
+            transaction.commit().during(operation)?;
+            Ok(result)
+        };
         self.relay
-            .run(operation, move |connection, _| {
-                let transaction = write(connection, operation)?;
-                let result = job(&transaction, &sql)?;
-                transaction.commit().during(operation)?;
-                Ok(result)
+            .run(operation, move |connection, _| match least {
+                Synchronous::Normal => transact(connection),
+                Synchronous::Full => durably(connection, operation, transact),
             })
             .await
+    }
+}
+
+/// What is given up or waits must stay so: the relay goes on with the key, and a power loss must not bring back what was
+/// before it. Deliveries alone need not wait for the disk.
+fn durability(settlement: &Settlement) -> Synchronous {
+    match settlement.shards.iter().all(ShardSettlement::is_deliveries_only) {
+        true => Synchronous::Normal,
+        false => Synchronous::Full,
     }
 }
 
@@ -95,7 +108,7 @@ impl OutboxStore for SqliteStore {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Leases> {
         let request = request.clone();
-        self.transact("lease", move |transaction, sql| {
+        self.transact("lease", Synchronous::Normal, move |transaction, sql| {
             let (before, now) = load_leases(transaction, sql).during("lease")?;
             let mut after = before.clone();
             let leases = after.lease(&request, now);
@@ -107,7 +120,7 @@ impl OutboxStore for SqliteStore {
 
     async fn release(&self, relay: &RelayId, shards: &[OwnedShard], membership: Membership) -> Result<()> {
         let (relay, shards) = (relay.clone(), shards.to_vec());
-        self.transact("release", move |transaction, sql| {
+        self.transact("release", Synchronous::Normal, move |transaction, sql| {
             let (before, _) = load_leases(transaction, sql).during("release")?;
             let mut after = before.clone();
             after.release(&relay, &shards, membership);
@@ -135,7 +148,7 @@ impl OutboxStore for SqliteStore {
     async fn settle(&self, settlement: &Settlement) -> Result<Settled> {
         let settlement = settlement.clone();
         let archive = self.config.archive;
-        self.transact("settle", move |transaction, sql| {
+        self.transact("settle", durability(&settlement), move |transaction, sql| {
             let (table, now) = load_leases(transaction, sql).during("settle")?;
             let (kept, lost) = settlement.fence(&table.held_by(&settlement.relay, now));
             for part in kept {
@@ -345,4 +358,42 @@ fn stats(transaction: &Transaction<'_>, sql: &Sql) -> rusqlite::Result<Stats> {
         leases: leases.status(now),
         relays: leases.relays(now),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use outbox_core::{Death, Epoch, MessageId, Position, RecordRef};
+
+    use super::*;
+
+    #[test]
+    fn what_is_given_up_is_on_the_disk_before_it_is_told() {
+        let record = RecordRef {
+            position: Position(1),
+            id: MessageId::new(),
+        };
+        let mut part = ShardSettlement::new(SHARD, Epoch(1));
+        part.delivered.push(record);
+        let settlement = |part: &ShardSettlement| Settlement {
+            relay: RelayId::new("a"),
+            shards: vec![part.clone()],
+        };
+        assert_eq!(durability(&settlement(&part)), Synchronous::Normal);
+        part.dead.push(Death {
+            record,
+            attempts: 1,
+            reason: "no".to_owned(),
+        });
+        assert_eq!(durability(&settlement(&part)), Synchronous::Full);
+
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "synchronous", "NORMAL").unwrap();
+        let asked = |connection: &Connection| -> i64 {
+            connection
+                .pragma_query_value(None, "synchronous", |row| row.get(0))
+                .unwrap()
+        };
+        let during = durably(&mut connection, "test", |connection| Ok(asked(connection)));
+        assert_eq!((during.unwrap(), asked(&connection)), (2, 1));
+    }
 }

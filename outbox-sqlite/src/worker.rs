@@ -132,11 +132,7 @@ pub(crate) fn connect(config: &SqliteConfig, flags: OpenFlags) -> Result<Connect
         let connection = Connection::open_with_flags(file(config), flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
         connection.busy_timeout(config.busy_timeout)?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
-        let synchronous = match config.synchronous {
-            Synchronous::Normal => "NORMAL",
-            Synchronous::Full => "FULL",
-        };
-        connection.pragma_update(None, "synchronous", synchronous)?;
+        connection.pragma_update(None, SYNCHRONOUS, config.synchronous.name())?;
         // Reads the file for the first time, so that one that is no database is noticed here.
         connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
         Ok(connection)
@@ -152,6 +148,36 @@ fn file(config: &SqliteConfig) -> PathBuf {
         return PathBuf::from(".").join(&config.path);
     }
     config.path.clone()
+}
+
+const SYNCHRONOUS: &str = "synchronous";
+
+impl Synchronous {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "NORMAL",
+            Self::Full => "FULL",
+        }
+    }
+}
+
+/// Does something whose commits are on the disk before anybody hears of them, whatever is configured.
+pub(crate) fn durably<T>(
+    connection: &mut Connection,
+    operation: &'static str,
+    job: impl FnOnce(&mut Connection) -> Result<T>,
+) -> Result<T> {
+    let usual: i64 = connection
+        .pragma_query_value(None, SYNCHRONOUS, |row| row.get(0))
+        .during(operation)?;
+    connection
+        .pragma_update(None, SYNCHRONOUS, Synchronous::Full.name())
+        .during(operation)?;
+    let result = job(connection);
+    connection
+        .pragma_update(None, SYNCHRONOUS, usual)
+        .during(operation)?;
+    result
 }
 
 /// A transaction that writes: it waits for its turn at its beginning, and never fails for having read first.

@@ -274,7 +274,7 @@ impl Intake {
         }
     }
 
-    /// Whether a row is taken, which has so many bytes. The first one always is.
+    /// Whether a row is taken, which has so many bytes. The first one always is; of a shard, no more than were asked for.
     ///
     /// ```
     /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Intake, Place, Reach}};
@@ -294,6 +294,14 @@ impl Intake {
             self.cut.is_some()
         };
         if closed {
+            return false;
+        }
+        // Where a shard is asked for in parts, each has as many rows: what is more than its own may lie behind what the first
+        // part has left out.
+        if let Place::Shard(index) = place
+            && let (Some(taken), Some(asked)) = (self.shards.get(index), plan.shards.get(index))
+            && taken.rows >= asked.quota
+        {
             return false;
         }
         let (max_rows, max_bytes) = if apart {

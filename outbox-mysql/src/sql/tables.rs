@@ -82,8 +82,17 @@ const SUFFIXES: [&str; 12] = [
     "_id_seq",
 ];
 
+macro_rules! read_only {
+    () => {
+        "CONCAT(@@global.read_only) NOT IN ('0', 'OFF')"
+    };
+}
+
 /// What the server is, and whether it can be used. MariaDB says its name in its version.
-pub(crate) const SERVER: &str = "SELECT VERSION(), @@global.read_only";
+pub(crate) const SERVER: &str = concat!("SELECT VERSION(), ", read_only!());
+
+/// Whether the server takes no writes. A number, or a word since MariaDB 12.
+pub(crate) const READ_ONLY: &str = read_only!();
 
 /// Tells whether other servers take writes as well.
 pub(crate) const WRITERS: &str = "SHOW GLOBAL VARIABLES WHERE (Variable_name = 'wsrep_on' AND Value = 'ON') \

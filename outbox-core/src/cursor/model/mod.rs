@@ -590,24 +590,31 @@ impl World {
         let anywhere = self.variant == Variant::KnownAnywhere;
         let own = |shard| request.shards.iter().any(|owned| owned.shard == shard);
         for (index, asked) in plan.shards.iter().enumerate() {
-            answer.extend(
-                rows.iter()
-                    .filter(|row| {
-                        (if joint {
-                            own(row.draft.shard)
-                        } else {
-                            row.draft.shard == asked.shard
-                        }) && ((row.position > asked.after
-                            && !(anywhere && within(&plan.known, row.position)))
-                            || (row.position > low && !within(&plan.known, row.position))
-                            || plan.awaits(row.position))
-                            && !skip.contains(&row.position)
-                            && !topics.contains(&row.draft.topic)
-                            && !row.draft.key.is_some_and(|key| left_out.contains(&key))
-                    })
-                    .take(asked.quota)
-                    .map(|row| (Place::Shard(index), *row)),
-            );
+            let wanted = |row: &&Row| {
+                (if joint {
+                    own(row.draft.shard)
+                } else {
+                    row.draft.shard == asked.shard
+                }) && !skip.contains(&row.position)
+                    && !topics.contains(&row.draft.topic)
+                    && !row.draft.key.is_some_and(|key| left_out.contains(&key))
+            };
+            let awaited = |row: &&Row| plan.awaits(row.position);
+            let new = |row: &&Row| {
+                (row.position > asked.after && !(anywhere && within(&plan.known, row.position)))
+                    || (row.position > low && !within(&plan.known, row.position))
+            };
+            let place = |row: &Row| (Place::Shard(index), *row);
+            if joint {
+                // What is awaited is a part of its own, with as many rows.
+                let first = rows.iter().filter(wanted).filter(|row| awaited(row) && !new(row));
+                answer.extend(first.take(asked.quota).map(place));
+                let rest = rows.iter().filter(wanted).filter(new);
+                answer.extend(rest.take(asked.quota).map(place));
+            } else {
+                let all = rows.iter().filter(wanted).filter(|row| awaited(row) || new(row));
+                answer.extend(all.take(asked.quota).map(place));
+            }
         }
         answer
     }
