@@ -91,7 +91,7 @@ impl MongoOutbox {
     /// Enqueues messages in this order, all or none: one command, or a few for many megabytes.
     ///
     /// Messages with a time ask the server for its own first. Under [`Ordering::Sequenced`] two commands more count up the
-    /// numbers of all keys.
+    /// numbers of all keys, or a few of very many.
     ///
     /// # Errors
     /// As [`enqueue`](Self::enqueue).
@@ -169,8 +169,11 @@ async fn server_time(collections: &Collections) -> Told<DateTime> {
     time.map_err(|_| mongodb::error::Error::custom("the server does not tell its time"))
 }
 
-/// Draws the numbers of these messages: two commands, whatever they are. A transaction of the same keys is in conflict with
-/// this one until it ends.
+/// So many keys are asked for at once: a command has at most 16 MiB.
+const TOGETHER: usize = 5_000;
+
+/// Draws the numbers of these messages: two commands, or a few of very many keys. A transaction of the same keys is in
+/// conflict with this one until it ends.
 pub(crate) async fn draw<'m>(
     collections: &Collections,
     session: &mut ClientSession,
@@ -189,15 +192,19 @@ pub(crate) async fn draw<'m>(
         .iter()
         .map(|((topic, key), count)| (counter(topic, key), *count))
         .collect();
-    let counting = collections.counting(keys.iter().map(|(key, count)| (key, *count)));
-    write(collections, Some(&mut *session), counting).await?;
+    for counting in collections.counting(keys.iter().map(|(key, count)| (key, *count))) {
+        write(collections, Some(&mut *session), counting).await?;
+    }
     let ids: Vec<Document> = keys.into_iter().map(|(key, _)| key).collect();
-    let mut cursor = collections
-        .sequence()
-        .find(doc! { "_id": { "$in": ids } })
-        .session(&mut *session)
-        .await?;
-    let told: Vec<Document> = cursor.stream(session).try_collect().await?;
+    let mut told: Vec<Document> = Vec::new();
+    for ids in ids.chunks(TOGETHER) {
+        let mut cursor = collections
+            .sequence()
+            .find(doc! { "_id": { "$in": ids } })
+            .session(&mut *session)
+            .await?;
+        told.append(&mut cursor.stream(&mut *session).try_collect().await?);
+    }
     let mut numbers = Numbers::default();
     for document in told {
         let Ok(name) = document.get_document("_id") else {

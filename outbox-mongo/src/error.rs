@@ -183,7 +183,7 @@ fn explain(said: &Said) -> (ErrorKind, Option<&'static str>) {
             ),
             50 | 262 => (
                 ErrorKind::Unavailable,
-                Some("the command took longer than statement_timeout"),
+                Some("the command took longer than it may: than statement_timeout, or a part of the lease"),
             ),
             // No primary, shutting down, not enough members for a majority.
             6 | 7 | 43 | 64 | 79 | 89 | 91 | 100 | 134 | 237 | 239 | 133 | 189 | 9_001 | 10_058 | 10_107

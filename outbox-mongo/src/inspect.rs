@@ -11,12 +11,12 @@ use outbox_core::{
     Subject,
 };
 
-use crate::commands::{Raw, counter, every_shard, shards, with_now};
+use crate::commands::{Raw, by_death, counter, dead_ones, every_shard, shards, with_now};
 use crate::hold::{now, read_hold};
 use crate::operate::Died;
 use crate::row::{Row, Rows, flow, flows_of, time, timestamp, uuid};
-use crate::session::Told;
-use crate::store::{MongoStore, dead_ones};
+use crate::session::{Told, confirm};
+use crate::store::MongoStore;
 
 const DURING: &str = "inspect";
 
@@ -71,6 +71,7 @@ impl MongoStore {
             _ => None,
         };
         let told = aggregate(&collections.meta(), &mut session, vec![with_now()]).await?;
+        confirm(&mut session).await?;
         let clock = told.first().map(now).and_then(time);
         Ok(Facts {
             now: clock.unwrap_or(SystemTime::UNIX_EPOCH),
@@ -168,7 +169,7 @@ impl MongoStore {
         for (collection, filter, sort) in [
             (&scheduled, doc! {}, doc! { "shard": 1, "due": 1, "_id": 1 }),
             (&outbox, archived, doc! { "processed.at": -1 }),
-            (&outbox, dead_ones(), doc! { "dead.ts": 1 }),
+            (&outbox, dead_ones(), by_death()),
         ] {
             complete &= count(collection, session, filter.clone(), bound).await? < bound;
             let pipeline = vec![

@@ -11,6 +11,11 @@ mod operate;
 mod reader;
 #[cfg(test)]
 mod real_commands;
+#[cfg(test)]
+mod real_plans;
+#[cfg(test)]
+mod real_reader;
+mod ring;
 mod row;
 mod schema;
 mod session;

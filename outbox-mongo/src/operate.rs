@@ -11,12 +11,12 @@ use outbox_core::{
     Promotion, RecordRef, RelayId, Result, Retention, Scheduled, Shard, millis,
 };
 
-use crate::commands::{Raw, dead, died, later, one, parked, shards, with_now};
+use crate::commands::{Raw, by_death, dead, dead_ones, died, later, one, parked, shards, with_now};
 use crate::enqueue::{draw, insert};
 use crate::hold::{now, read_hold};
 use crate::row::{Row, Rows, again, span, time, timestamp, uuid};
 use crate::session::{Told, Transaction};
-use crate::store::{MongoStore, dead_ones};
+use crate::store::MongoStore;
 
 /// How many documents one transaction of an operator's moves, so that none takes long.
 const CHUNK: usize = 1_000;
@@ -38,18 +38,17 @@ impl DeadLetters for MongoStore {
         }
         if let Some(after) = query.after {
             let ts = timestamp(after.position);
-            filter.insert(
-                "$or",
-                vec![
-                    doc! { "dead.ts": { "$gt": ts } },
-                    doc! { "dead.ts": ts, "id": { "$gt": uuid(after.id) } },
-                ],
-            );
+            // The first bounds the index.
+            filter.insert("dead.ts", doc! { "$gte": ts });
+            let behind = [
+                doc! { "dead.ts": { "$gt": ts } },
+                doc! { "id": { "$gt": uuid(after.id) } },
+            ];
+            filter.insert("$or", behind.to_vec());
         }
         let outbox = self.sessions.collections.outbox::<Raw>();
         let read = async {
-            let sorted = doc! { "dead.ts": 1, "id": 1 };
-            let cursor = outbox.find(filter).sort(sorted).limit(limit).await?;
+            let cursor = outbox.find(filter).sort(by_death()).limit(limit).await?;
             cursor.try_collect::<Vec<Raw>>().await
         };
         let mut rows = Rows::new(self.config.shards);
@@ -133,7 +132,7 @@ impl MongoStore {
         let outbox = collections.outbox::<Raw>();
         let mut cursor = outbox
             .find(dead(records))
-            .sort(doc! { "dead.ts": 1, "id": 1 })
+            .sort(by_death())
             .session(&mut *session)
             .await?;
         let letters: Vec<Raw> = cursor.stream(&mut session).try_collect().await?;

@@ -1,4 +1,5 @@
-//! Reading batches: at most three finds in one snapshot, which is never older than what was settled.
+//! Reading batches: at most three finds in one snapshot, which is never older than what was settled, and counts when it is
+//! confirmed.
 //!
 //! Order rests on the server's timestamps within a key, and on nothing between keys. So nobody remembers how far he has
 //! read: a find asks for what waits and is not in flight, key by key in the order of an index (*the ring*), and the next
@@ -7,7 +8,7 @@
 //! A key that a page ended in is *hot*: it is read on beside the ring, in turns with it, so that neither a key with
 //! a million messages holds up the others nor they it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::ops::Bound;
 
@@ -15,13 +16,13 @@ use async_trait::async_trait;
 use mongodb::ClientSession;
 use mongodb::bson::{Bson, Document, Timestamp, doc};
 use mongodb::options::Hint;
-use outbox_core::{
-    FetchRequest, Fetched, MessageId, OrderKey, Position, Reader, Record, RereadScope, Result, Shard,
-};
+use outbox_core::{FetchRequest, Fetched, Position, Reader, Record, RereadScope, Result, Shard};
+use tokio::time::Instant;
 
 use crate::commands::{Raw, by_flow, by_place, shards};
-use crate::row::{Rows, flow, flows_of, timestamp};
-use crate::session::{Sessions, Told, Transactions};
+use crate::ring::{Closed, Flow, Ring, Stretch};
+use crate::row::{Rows, timestamp};
+use crate::session::{Sessions, Told, Transactions, confirm};
 use crate::store::MongoStore;
 
 const DURING: &str = "fetch";
@@ -32,6 +33,22 @@ const FINDS: usize = 3;
 const TOGETHER: usize = 64;
 /// So many are remembered; the ring comes to the others in its turn.
 const HOT: usize = 1_000;
+/// So many keyless messages that are wanted again are read at once.
+const AGAIN: usize = 50_000;
+
+/// How much one find is told of what it is to leave out: a command has at most 16 MiB.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Most {
+    /// Bytes of keys and topics that are held.
+    pub(crate) held: usize,
+    /// Positions of what is in flight, or held one by one.
+    pub(crate) places: usize,
+}
+
+const MOST: Most = Most {
+    held: 1 << 20,
+    places: 400_000,
+};
 
 /// A reader; its connections are the store's.
 pub(crate) struct MongoReader {
@@ -50,13 +67,7 @@ pub(crate) struct MongoReader {
     /// Whether hot keys are read before the ring this time.
     hot_first: bool,
     rows: Rows,
-}
-
-/// A key, or a keyless message, as the index has it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Flow {
-    shard: Shard,
-    name: String,
+    pub(crate) most: Most,
 }
 
 /// Where a page became full.
@@ -66,71 +77,48 @@ struct Last {
     taken: bool,
 }
 
-/// Where the ring goes on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Ring {
-    Start,
-    /// With this key.
-    At(Flow),
-    /// Behind this key.
-    Behind(Flow),
-    /// Behind this shard.
-    Shard(Shard),
-}
-
-impl Ring {
-    /// What is to be read next, and where it goes on when that was read to its end.
-    fn next(&self, owned: &[Shard]) -> (Document, Self) {
-        let behind = |last: Shard| {
-            let rest: Vec<Shard> = owned.iter().copied().filter(|shard| *shard > last).collect();
-            match rest.is_empty() {
-                true => (within_shards(owned), Self::Start),
-                false => (within_shards(&rest), Self::Start),
-            }
-        };
-        match self {
-            Self::Start => (within_shards(owned), Self::Start),
-            Self::At(Flow { shard, name }) if owned.contains(shard) => (
-                doc! { "shard": i32::from(shard.0), "flow": { "$gte": name } },
-                Self::Shard(*shard),
-            ),
-            Self::Behind(Flow { shard, name }) if owned.contains(shard) => (
-                doc! { "shard": i32::from(shard.0), "flow": { "$gt": name } },
-                Self::Shard(*shard),
-            ),
-            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) | Self::Shard(shard) => {
-                behind(*shard)
-            }
-        }
-    }
-
-    /// Whether the next find sees all that there is.
-    fn is_whole(&self, owned: &[Shard]) -> bool {
-        match self {
-            Self::Start => true,
-            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) if owned.contains(shard) => false,
-            Self::At(Flow { shard, .. }) | Self::Behind(Flow { shard, .. }) | Self::Shard(shard) => {
-                owned.iter().all(|own| own <= shard)
-            }
-        }
-    }
-}
-
-fn within_shards(owned: &[Shard]) -> Document {
-    doc! { "shard": { "$in": shards(owned.iter().copied()) } }
-}
-
 /// What was read so far of a batch.
 struct Page<'r> {
     request: &'r FetchRequest,
-    /// What leaves out what is held.
-    free: Vec<Document>,
     records: Vec<Record>,
     bytes: usize,
     full: bool,
 }
 
 impl Page<'_> {
+    /// What leaves out what may not be returned one by one: what is in flight, in this batch already, or held. In parts, if one
+    /// cannot name it all: each of the positions that follow those of the one before, so that keys stay in their order.
+    fn places(&self, most: usize) -> Vec<Document> {
+        let one_by_one = self.request.in_flight.iter().chain(&self.request.held.messages);
+        let taken = self.records.iter().map(|record| record.position);
+        let mut out: Vec<Timestamp> = one_by_one
+            .map(|(_, position)| *position)
+            .chain(taken)
+            .map(timestamp)
+            .collect();
+        let list = |places: &[Timestamp]| places.iter().copied().map(Bson::Timestamp).collect::<Vec<_>>();
+        if out.is_empty() {
+            return vec![Document::new()];
+        }
+        if out.len() <= most {
+            return vec![doc! { "ts": { "$nin": list(&out) } }];
+        }
+        out.sort_unstable();
+        let mut parts: Vec<Document> = Vec::new();
+        let mut chunks = out.chunks(most).peekable();
+        while let Some(chunk) = chunks.next() {
+            let mut part = doc! { "$nin": list(chunk) };
+            if let (Some(first), false) = (chunk.first(), parts.is_empty()) {
+                part.insert("$gte", *first);
+            }
+            if let Some(behind) = chunks.peek().and_then(|next| next.first()) {
+                part.insert("$lt", *behind);
+            }
+            parts.push(doc! { "ts": part });
+        }
+        parts
+    }
+
     /// Whether the record is taken; if not, the page is full.
     fn take(&mut self, record: Record) -> bool {
         let size = record.message.size();
@@ -159,11 +147,12 @@ impl MongoReader {
             again: Vec::new(),
             hot_first: false,
             rows: Rows::new(store.config.shards),
+            most: MOST,
         }
     }
 
     /// What is wanted again is read before others.
-    fn heed(&mut self, request: &FetchRequest, owned: &[Shard], held: &BTreeSet<String>) {
+    fn heed(&mut self, request: &FetchRequest, owned: &[Shard], closed: &Closed) {
         for reread in &request.reread {
             match &reread.scope {
                 RereadScope::Shard => self.ring = Ring::Start,
@@ -173,8 +162,14 @@ impl MongoReader {
                 RereadScope::Message => self.again.push((reread.shard, reread.from)),
             }
         }
-        self.hot
-            .retain(|flow| owned.contains(&flow.shard) && !held.contains(&flow.name));
+        if !self.hot.is_empty() {
+            // By name alone: a find of several keys takes in those of the same name in another of the shards.
+            let held: HashSet<&str> = closed.keys().collect();
+            self.hot.retain(|flow| {
+                let name = flow.name.as_str();
+                owned.contains(&flow.shard) && !held.contains(name) && !closed.has_topic_of(name)
+            });
+        }
         while self.hot.len() > HOT {
             self.hot.pop_last();
         }
@@ -184,37 +179,47 @@ impl MongoReader {
     async fn read(&mut self, request: &FetchRequest) -> Told<Fetched> {
         let mut owned: Vec<Shard> = request.shards.iter().map(|owned| owned.shard).collect();
         owned.sort_unstable();
-        let held = request.held.keys.iter();
-        let held = held.map(|(shard, key)| Flow::of_key(*shard, key).name).collect();
-        self.heed(request, &owned, &held);
+        let closed = Closed::new(&request.held, self.most.held);
+        self.heed(request, &owned, &closed);
         let mut page = Page {
             request,
-            free: free(request, held),
             records: Vec::new(),
             bytes: 0,
             full: false,
         };
         let mut session = self.sessions.snapshot(self.transactions.settled()).await?;
-        let (mut finds, mut complete) = (0, owned.is_empty());
+        let (mut finds, mut complete, mut begun) = (0, owned.is_empty(), false);
         self.hot_first = !self.hot_first;
         if !self.again.is_empty() {
             finds += 1;
-            self.read_again(&mut session, &mut page).await?;
+            self.read_again(&mut session, &mut page, &closed).await?;
         }
         if self.hot_first && !self.hot.is_empty() && !page.full {
             finds += 1;
             self.read_hot(&mut session, &mut page).await?;
         }
-        while finds < FINDS && !page.full && !complete {
+        // Where finds go through parts, what waits may be behind many in which nothing does, and that nothing waits is only
+        // known when all were seen. What there is no time for is read next.
+        let (parts, began) = (closed.is_large(), Instant::now());
+        while !page.full && !complete {
+            let goes_on = parts && page.records.is_empty() && began.elapsed() < self.sessions.limit / 2;
+            if finds >= FINDS && !goes_on {
+                break;
+            }
             finds += 1;
-            complete = self.read_ring(&mut session, &mut page, &owned).await?;
+            let stretch = self.ring.next(&owned, &closed);
+            begun |= stretch.begins;
+            let ended = self.read_ring(&mut session, &mut page, stretch).await?;
+            complete = begun && ended;
         }
         if !self.hot_first && !self.hot.is_empty() && !page.full && finds < FINDS && !complete {
             self.read_hot(&mut session, &mut page).await?;
         }
+        confirm(&mut session).await?;
         if complete {
             // Whatever was hot, or wanted again, was among it.
             self.hot.clear();
+            self.again.clear();
         }
         Ok(Fetched::Batch {
             records: page.records,
@@ -222,20 +227,23 @@ impl MongoReader {
         })
     }
 
-    /// Goes on in the ring; says whether all that there is was seen.
+    /// Goes on in the ring; says whether a turn was read to its end.
     async fn read_ring(
         &mut self,
         session: &mut ClientSession,
         page: &mut Page<'_>,
-        owned: &[Shard],
+        stretch: Stretch,
     ) -> Told<bool> {
-        let whole = self.ring.is_whole(owned);
-        let (mut filter, next) = self.ring.next(owned);
-        if let (false, Some(turn)) = (whole, self.turn) {
-            filter.insert("ts", doc! { "$lte": turn });
+        let Stretch {
+            mut asked,
+            begins,
+            next,
+        } = stretch;
+        if let (false, Some(turn)) = (begins, self.turn) {
+            asked.push(doc! { "ts": { "$lte": turn } });
         }
-        let last = self.find(session, page, filter, by_flow()).await?;
-        if whole {
+        let last = self.find(session, page, asked, by_flow()).await?;
+        if begins {
             self.turn = session.operation_time();
         }
         match last {
@@ -252,7 +260,7 @@ impl MongoReader {
             }
             None => {
                 self.ring = next;
-                Ok(whole)
+                Ok(self.ring == Ring::Start)
             }
         }
     }
@@ -270,11 +278,13 @@ impl MongoReader {
             .take(TOGETHER)
             .cloned()
             .collect();
-        let filter = doc! {
-            "shard": { "$in": shards(now.iter().map(|flow| flow.shard)) },
+        let own: BTreeSet<Shard> = now.iter().map(|flow| flow.shard).collect();
+        // None of them is held.
+        let asked = doc! {
+            "shard": { "$in": shards(own.into_iter()) },
             "flow": { "$in": now.iter().map(|flow| flow.name.as_str()).collect::<Vec<_>>() },
         };
-        let last = self.find(session, page, filter, by_flow()).await?;
+        let last = self.find(session, page, vec![asked], by_flow()).await?;
         // Those before it were read to their ends, those behind it come next.
         let mut before = None;
         for flow in now {
@@ -297,31 +307,55 @@ impl MongoReader {
     }
 
     /// Reads keyless messages that are wanted again, by their positions.
-    async fn read_again(&mut self, session: &mut ClientSession, page: &mut Page<'_>) -> Told<()> {
-        let again = std::mem::take(&mut self.again);
+    async fn read_again(
+        &mut self,
+        session: &mut ClientSession,
+        page: &mut Page<'_>,
+        closed: &Closed,
+    ) -> Told<()> {
+        let mut again = std::mem::take(&mut self.again);
+        let Some(mut asked) = closed.topics() else {
+            // The ring comes to them in its turn.
+            return Ok(());
+        };
+        let mut rest = again.split_off(again.len().min(AGAIN));
+        let own: BTreeSet<Shard> = again.iter().map(|(shard, _)| *shard).collect();
         let places: Vec<Bson> = again
             .iter()
             .map(|(_, position)| Bson::Timestamp(timestamp(*position)))
             .collect();
-        let filter = doc! {
-            "shard": { "$in": shards(again.iter().map(|(shard, _)| *shard)) },
-            "ts": { "$in": places },
-        };
-        if self.find(session, page, filter, by_place()).await?.is_some() {
-            self.again = again;
+        asked.push(doc! { "shard": { "$in": shards(own.into_iter()) }, "ts": { "$in": places } });
+        if self.find(session, page, asked, by_place()).await?.is_some() {
+            rest.append(&mut again);
         }
+        self.again = rest;
         Ok(())
     }
 
-    /// Reads what the filter asks for and may be returned, key by key. Says where the page became full.
+    /// Reads what is asked for and may be returned, key by key. Says where the page became full.
     async fn find(
         &mut self,
         session: &mut ClientSession,
         page: &mut Page<'_>,
-        mut filter: Document,
+        asked: Vec<Document>,
         index: Document,
     ) -> Told<Option<Last>> {
-        leave_out(&mut filter, page);
+        for part in page.places(self.most.places) {
+            let filter = all_of(asked.iter().cloned().chain([part]));
+            if let Some(last) = self.find_part(session, page, filter, index.clone()).await? {
+                return Ok(Some(last));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn find_part(
+        &mut self,
+        session: &mut ClientSession,
+        page: &mut Page<'_>,
+        filter: Document,
+        index: Document,
+    ) -> Told<Option<Last>> {
         let most = page.request.max_rows - page.records.len();
         let most = u32::try_from(most).unwrap_or(u32::MAX);
         let mut cursor = self
@@ -356,45 +390,12 @@ impl MongoReader {
     }
 }
 
-/// Conditions that leave out what is held.
-fn free(request: &FetchRequest, keys: BTreeSet<String>) -> Vec<Document> {
-    let mut free = Vec::new();
-    if !keys.is_empty() {
-        free.push(doc! { "flow": { "$nin": keys.into_iter().collect::<Vec<_>>() } });
-    }
-    for topic in &request.held.topics {
-        let (first, behind) = flows_of(topic);
-        free.push(doc! { "$or": [{ "flow": { "$lt": first } }, { "flow": { "$gte": behind } }] });
-    }
-    free
-}
-
-/// Adds what may not be returned: what is in flight, in this batch already, or held.
-fn leave_out(filter: &mut Document, page: &Page<'_>) {
-    let request = page.request;
-    let taken = page.records.iter().map(|record| record.position);
-    let one_by_one = request.in_flight.iter().chain(&request.held.messages);
-    let out: Vec<Bson> = one_by_one
-        .map(|(_, position)| *position)
-        .chain(taken)
-        .map(|position| Bson::Timestamp(timestamp(position)))
-        .collect();
-    let mut all = vec![std::mem::take(filter)];
-    if !out.is_empty() {
-        all.push(doc! { "ts": { "$nin": out } });
-    }
-    all.extend(page.free.iter().cloned());
-    *filter = match all.len() {
+/// All of these conditions; those that ask for nothing are left away.
+fn all_of(conditions: impl Iterator<Item = Document>) -> Document {
+    let mut all: Vec<Document> = conditions.filter(|condition| !condition.is_empty()).collect();
+    match all.len() {
         1 => all.remove(0),
         _ => doc! { "$and": all },
-    };
-}
-
-impl Flow {
-    fn of_key(shard: Shard, key: &OrderKey) -> Self {
-        // The id is of no account where there is a key.
-        let name = flow(&key.topic, Some(&key.key), MessageId::from_bytes([0; 16]));
-        Self { shard, name }
     }
 }
 

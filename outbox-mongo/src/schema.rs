@@ -1,12 +1,14 @@
 //! Making the collections, and checking that they are what this version works with.
 
 use futures::TryStreamExt;
+use mongodb::IndexModel;
 use mongodb::bson::oid::ObjectId;
 use mongodb::bson::{Bson, DateTime, Document, Timestamp, doc};
 use mongodb::error::ErrorKind as Driver;
+use mongodb::options::IndexOptions;
 use outbox_core::{Error, ErrorKind, Identifier, MessageId, Migrated, Ordering, Position, Result, Role};
 
-use crate::commands::{Collections, Names, by_flow, by_place};
+use crate::commands::{Collections, Names, by_death, by_flow, by_place};
 use crate::config::MongoConfig;
 use crate::error::STANDALONE;
 use crate::row::{position, uuid};
@@ -17,7 +19,7 @@ const CHECK: &str = "check schema";
 
 /// What this version makes and works with.
 const VERSION: i64 = 1;
-/// Snapshot reads outside of transactions came with it.
+/// `$dateAdd` came with it, by which leases and holds run in the server's time.
 const OLDEST: i32 = 13;
 /// How many seconds a hold that is over stays, so that clearing it is an update like others.
 const OVER: i32 = 60;
@@ -60,8 +62,19 @@ pub async fn migrate(config: &MongoConfig) -> Result<Migrated> {
         run(vec![made(names)]).await?;
     }
     check(&sessions, config).await?;
-    if kept(&sessions).await? != Some(i64::from(seconds(config))) {
+    // Asked first, because changing an index waits for all transactions, and all wait for it.
+    let indexes = Indexes::read(&sessions).await?;
+    if indexes.kept() != Some(i64::from(seconds(config))) {
         run(vec![keeping(names, config)]).await?;
+    }
+    if indexes.named(DEAD_BEFORE).is_some() {
+        run(vec![doc! { "dropIndexes": names.name(""), "index": DEAD_BEFORE }]).await?;
+    }
+    if indexes.named(DEAD).is_none() {
+        run(vec![
+            doc! { "createIndexes": names.name(""), "indexes": [of_the_dead()] },
+        ])
+        .await?;
     }
     Ok(Migrated { from, to: VERSION })
 }
@@ -176,27 +189,47 @@ fn keeping(names: &Names, config: &MongoConfig) -> Document {
 fn seconds(config: &MongoConfig) -> i32 {
     match config.archive_ttl.as_secs() {
         0 => NEVER,
-        seconds => i32::try_from(seconds).unwrap_or(NEVER),
+        seconds => i32::try_from(seconds).unwrap_or(NEVER).min(NEVER),
     }
 }
 
-/// For how many seconds it keeps it now. Asked first, because changing an index waits for all transactions, and all wait
-/// for it.
-async fn kept(sessions: &Sessions) -> Result<Option<i64>> {
-    let outbox = sessions.collections.outbox::<Document>();
-    let indexes = async {
-        let cursor = outbox.list_indexes().await?;
-        cursor.try_collect::<Vec<_>>().await
-    };
-    let indexes = sessions.call(DURING, indexes).await?;
-    let found = indexes.into_iter().filter_map(|index| index.options);
-    let mut found = found.filter(|options| options.name.as_deref() == Some("processed"));
-    let kept = found.next().and_then(|options| options.expire_after);
-    Ok(kept.and_then(|kept| i64::try_from(kept.as_secs()).ok()))
+/// The indexes of the messages, as they are now.
+struct Indexes(Vec<IndexModel>);
+
+impl Indexes {
+    async fn read(sessions: &Sessions) -> Result<Self> {
+        let outbox = sessions.collections.outbox::<Document>();
+        let indexes = async {
+            let cursor = outbox.list_indexes().await?;
+            cursor.try_collect().await
+        };
+        Ok(Self(sessions.call(DURING, indexes).await?))
+    }
+
+    fn named(&self, name: &str) -> Option<&IndexOptions> {
+        let mut options = self.0.iter().filter_map(|index| index.options.as_ref());
+        options.find(|options| options.name.as_deref() == Some(name))
+    }
+
+    /// For how many seconds what was delivered is kept.
+    fn kept(&self) -> Option<i64> {
+        let kept = self.named("processed")?.expire_after?;
+        i64::try_from(kept.as_secs()).ok()
+    }
 }
 
-/// The longest that an index knows: 68 years.
-const NEVER: i32 = i32::MAX;
+/// The name of the index of the dead letters.
+const DEAD: &str = "dead_letters";
+/// What it was called when it was sparse: of two fields, one of which every message has, such an index has an entry for each.
+const DEAD_BEFORE: &str = "dead";
+
+/// Costs nothing as long as nothing dies: what is alive has no entry in it.
+fn of_the_dead() -> Document {
+    doc! { "name": DEAD, "key": by_death(), "partialFilterExpression": { "dead.ts": { "$exists": true } } }
+}
+
+/// The longest that is asked of an index, 47 years: from now that far back must be after 1970, or servers of 5.0 refuse it.
+const NEVER: i32 = 1_500_000_000;
 
 fn noted(names: &Names, change: Document) -> Document {
     doc! {
@@ -227,7 +260,7 @@ fn making(names: &Names, shards: u16, config: &MongoConfig) -> Vec<Document> {
             vec![
                 doc! { "name": "flow", "key": by_flow() },
                 doc! { "name": "place", "key": by_place() },
-                doc! { "name": "dead", "key": { "dead.ts": 1, "id": 1 }, "sparse": true },
+                of_the_dead(),
                 doc! {
                     "name": "processed", "key": { "processed.at": 1 }, "sparse": true, "expireAfterSeconds": seconds(config),
                 },
@@ -265,7 +298,7 @@ async fn run(collections: &Collections, commands: Vec<Document>) -> Told<()> {
         let mut command = command;
         command.insert("writeConcern", majority);
         match write(collections, None, command).await {
-            Err(error) if matches!(code(&error), Some(EXISTS | OTHER_OPTIONS)) => {}
+            Err(error) if matches!(code(&error), Some(EXISTS | OTHER_OPTIONS | GONE)) => {}
             other => drop(other?),
         }
     }
@@ -279,6 +312,8 @@ pub(crate) const EPOCH: DateTime = DateTime::from_millis(0);
 const EXISTS: i32 = 48;
 /// An index of that name is there which keeps what was delivered for another time: that is changed by itself.
 const OTHER_OPTIONS: i32 = 85;
+/// An index of that name is not there, or not any more.
+const GONE: i32 = 27;
 
 fn code(error: &mongodb::error::Error) -> Option<i32> {
     match error.kind.as_ref() {

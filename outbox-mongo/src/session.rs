@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use mongodb::bson::{Bson, Document, Timestamp, doc};
 use mongodb::error::{Error as DriverError, ErrorKind as Driver, UNKNOWN_TRANSACTION_COMMIT_RESULT};
-use mongodb::options::ReadConcern;
+use mongodb::options::{ReadConcern, WriteConcern};
 use mongodb::{Client, ClientSession, Collection};
 use outbox_core::{Error, ErrorKind, Result, within};
 use tokio::sync::{Mutex, OwnedMutexGuard};
@@ -32,7 +32,7 @@ const COMMITS: u32 = 3;
 pub(crate) struct Sessions {
     pub(crate) collections: Collections,
     client: Client,
-    limit: Duration,
+    pub(crate) limit: Duration,
 }
 
 impl Sessions {
@@ -103,22 +103,58 @@ impl Sessions {
         }
     }
 
-    /// A session whose reads see one moment, not before `settled`: a transaction that only reads. It ends when the session
-    /// is dropped.
-    ///
-    /// Not a snapshot session of the driver's, which knows no earliest moment: a primary that has just taken over could
-    /// show what was settled already.
+    /// A session of its own, in which nothing is read that is older than what was done in it before.
+    pub(crate) async fn session(&self) -> Told<ClientSession> {
+        self.client.start_session().await
+    }
+
+    /// A session whose reads see one moment, not before `settled`: a transaction that only reads. What it shows counts when
+    /// it is [confirmed](confirm). It ends when the session is dropped.
     pub(crate) async fn snapshot(&self, settled: Option<Timestamp>) -> Told<ClientSession> {
-        let mut session = self.client.start_session().await?;
+        let mut session = self.session().await?;
         if let Some(settled) = settled {
             session.advance_operation_time(settled);
         }
-        session
-            .start_transaction()
-            .read_concern(ReadConcern::snapshot())
-            .await?;
+        begin_snapshot(&mut session).await?;
         Ok(session)
     }
+
+    /// All answers of an aggregation as of one moment that is confirmed, and not before what was done in the session,
+    /// within the limit.
+    pub(crate) async fn confirmed<T: Send + Sync>(
+        &self,
+        during: &'static str,
+        session: &mut ClientSession,
+        collection: &Collection<T>,
+        pipeline: Vec<Document>,
+    ) -> Result<Vec<Document>> {
+        let read = async {
+            begin_snapshot(session).await?;
+            let mut cursor = collection.aggregate(pipeline).session(&mut *session).await?;
+            let told = cursor.stream(session).try_collect().await?;
+            confirm(session).await?;
+            Ok(told)
+        };
+        self.call(during, read).await
+    }
+}
+
+/// Begins a transaction that only reads.
+///
+/// Not a snapshot session of the driver's, nor a read of what a majority is known to have: a primary that has just taken over
+/// may know that of less than what was settled.
+async fn begin_snapshot(session: &mut ClientSession) -> Told<()> {
+    session
+        .start_transaction()
+        .read_concern(ReadConcern::snapshot())
+        .write_concern(WriteConcern::majority())
+        .await
+}
+
+/// Ends a transaction that only reads, once a majority has what it showed: until then it is what one server has, which
+/// a fail-over may undo. Nobody outside of the store is to act on what was read before this has succeeded.
+pub(crate) async fn confirm(session: &mut ClientSession) -> Told<()> {
+    session.commit_transaction().await
 }
 
 /// The one session in which a store's transactions run, one after the other.

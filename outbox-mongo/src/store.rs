@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use mongodb::ClientSession;
 use mongodb::bson::{Document, doc};
+use mongodb::{ClientSession, Collection};
 use outbox_core::{
     Capabilities, Count, DeadLetters, Epoch, Hold, Inspection, LeaseRequest, LeaseStatus, Leases, Membership,
     OutboxStore, OwnedShard, Parking, Position, Reader, RelayId, Result, Retention, Scheduled, Settled,
@@ -15,8 +15,9 @@ use outbox_core::{
 };
 use tokio::time::sleep;
 
-use crate::commands::{Raw, every_shard, fence, later, leased, owned, shards, with_now};
+use crate::commands::{Raw, dead_ones, every_shard, fence, leased, owned, shards, with_now};
 use crate::config::MongoConfig;
+use crate::error::During;
 use crate::hold::{now, read_hold};
 use crate::reader::MongoReader;
 use crate::row::{Rows, date, span};
@@ -98,10 +99,12 @@ impl MongoStore {
         })
     }
 
-    /// All leases and all members that were alive once, as of one moment.
-    async fn leases(&self, during: &'static str) -> Result<Owners> {
+    /// All leases and all members that were alive once, as of one moment, not before what was done in the session.
+    async fn leases(&self, during: &'static str, session: &mut ClientSession) -> Result<Owners> {
         let collection = self.sessions.collections.leases();
-        let told = self.sessions.aggregate(during, &collection, vec![with_now()]);
+        let told = self
+            .sessions
+            .confirmed(during, session, &collection, vec![with_now()]);
         let mut owners = Owners::default();
         for document in &told.await? {
             let lease = Lease::read(document);
@@ -118,13 +121,15 @@ impl MongoStore {
 
     /// Who owns what, and who is alive.
     pub(crate) async fn owners(&self, during: &'static str) -> Result<(Vec<LeaseStatus>, Vec<RelayId>)> {
-        let Owners { leases, members, .. } = self.leases(during).await?;
+        let mut session = self.sessions.session().await.during(during)?;
+        let Owners { leases, members, .. } = self.leases(during, &mut session).await?;
         Ok((leases.into_iter().map(Lease::status).collect(), members))
     }
 
     /// What the relay owns now.
     async fn held(&self, during: &'static str, relay: &RelayId) -> Result<Vec<OwnedShard>> {
-        Ok(self.leases(during).await?.of(relay))
+        let mut session = self.sessions.session().await.during(during)?;
+        Ok(self.leases(during, &mut session).await?.of(relay))
     }
 
     /// Which of these the relay still owns.
@@ -150,12 +155,8 @@ impl MongoStore {
             return Ok(false);
         }
         let parts = &settlement.shards;
-        let deletion = match self.config.archive {
-            true => None,
-            false => collections.deletion(parts),
-        };
         let commands = [
-            deletion,
+            collections.deletion(parts, self.config.archive),
             collections.taking_out(parts, self.config.archive),
             collections.holding(parts),
         ];
@@ -197,21 +198,22 @@ impl OutboxStore for MongoStore {
         const DURING: &str = "lease";
         self.transactions.end(DURING, &self.sessions).await;
         let collections = &self.sessions.collections;
-        let (relay, until) = (request.relay.as_str(), later(request.ttl_millis()));
-        let renewal = collections.renewal(relay, &until);
-        self.sessions
-            .call(DURING, async { write(collections, None, renewal).await })
-            .await?;
+        let relay = request.relay.as_str();
+        // All in one session: what is read is not older than what was written, whoever became the primary in between.
+        let mut session = self.sessions.session().await.during(DURING)?;
+        let renewal = collections.renewal(relay, request.ttl_millis());
+        let renewed = async { write(collections, Some(&mut session), renewal).await };
+        self.sessions.call(DURING, renewed).await?;
         let leases = collections.leases();
-        let owners = self.leases(DURING).await?;
+        let mut owners = self.leases(DURING, &mut session).await?;
         if !owners.gone.is_empty() {
             let gone: Vec<&str> = owners.gone.iter().map(RelayId::as_str).collect();
             let gone = doc! { "_id": { "$in": gone }, "$expr": { "$lte": ["$until", "$$NOW"] } };
             let struck = async { leases.delete_many(gone).await };
             self.sessions.call(DURING, struck).await?;
         }
-        let mut held = owners.of(&request.relay);
-        let lacking = usize::from(request.want).saturating_sub(held.len());
+        let held = owners.of(&request.relay).len();
+        let lacking = usize::from(request.want).saturating_sub(held);
         let free = owners.leases.iter().filter(|lease| lease.is_free());
         let free: Vec<&Lease> = free.take(lacking).collect();
         if !free.is_empty() {
@@ -228,7 +230,7 @@ impl OutboxStore for MongoStore {
             }
             let free = free.iter().map(|lease| lease.shard);
             let taking = collections.taking(relay, own, free, request.ttl_millis());
-            let taken = async { write(collections, None, taking).await };
+            let taken = async { write(collections, Some(&mut session), taking).await };
             if let Err(error) = self.sessions.call(DURING, taken).await {
                 if !error.is_retryable() {
                     return Err(error);
@@ -236,12 +238,15 @@ impl OutboxStore for MongoStore {
                 // The next call tries again. What was renewed is the relay's all the same.
                 tracing::debug!(error = %error, "not all free shards could be taken");
             }
-            held = self.held(DURING, &request.relay).await?;
+            owners = self.leases(DURING, &mut session).await?;
         }
         Ok(Leases {
-            held,
+            held: owners.of(&request.relay),
             relays: u16::try_from(owners.members.len()).unwrap_or(u16::MAX),
-            time_left: request.ttl,
+            time_left: owners
+                .time_left(&request.relay)
+                .unwrap_or(request.ttl)
+                .min(request.ttl),
         })
     }
 
@@ -264,12 +269,14 @@ impl OutboxStore for MongoStore {
     }
 
     async fn holds(&self, owned: &[OwnedShard]) -> Result<Vec<Hold>> {
+        const DURING: &str = "holds";
         let collection = self.sessions.collections.holds();
         let asked = shards(owned.iter().map(|owned| owned.shard));
         let asked = doc! { "$match": { "shard": { "$in": asked }, "over": { "$exists": false } } };
+        let mut session = self.sessions.session().await.during(DURING)?;
         let holds = self
             .sessions
-            .aggregate("holds", &collection, vec![asked, with_now()]);
+            .confirmed(DURING, &mut session, &collection, vec![asked, with_now()]);
         Ok(holds.await?.iter().map(read_hold).collect())
     }
 
@@ -323,12 +330,15 @@ impl OutboxStore for MongoStore {
                 .map_or(EPOCH, date);
             span(created, now(document))
         });
-        let count = async |filter: Document| {
-            let counted = async { outbox.count_documents(filter).limit(COUNTED).await };
+        let scheduled = collections.scheduled::<Raw>();
+        // Each counts keys of an index, and fetches no document.
+        let count = async |collection: &Collection<Raw>, filter: Document| {
+            let counted = async { collection.count_documents(filter).limit(COUNTED).await };
             self.sessions.call(DURING, counted).await
         };
-        let backlog = count(all.clone()).await?;
-        let processed = count(doc! { "processed.at": { "$gt": EPOCH } }).await?;
+        let backlog = count(&outbox, all.clone()).await?;
+        let processed = count(&outbox, doc! { "processed.at": { "$gt": EPOCH } }).await?;
+        let scheduled = count(&scheduled, all).await?;
         let holds = async |parked: bool| {
             let filter = doc! { "parked": parked, "over": { "$exists": false } };
             let counted = async { collections.holds().count_documents(filter).await };
@@ -337,9 +347,6 @@ impl OutboxStore for MongoStore {
         let (retrying, parked) = (holds(false).await?, holds(true).await?);
         let dead = async { outbox.count_documents(dead_ones()).await };
         let dead = self.sessions.call(DURING, dead).await?;
-        let scheduled = collections.scheduled::<Raw>();
-        let scheduled = async { scheduled.count_documents(doc! {}).await };
-        let scheduled = self.sessions.call(DURING, scheduled).await?;
         let (leases, relays) = self.owners(DURING).await?;
         Ok(Stats {
             backlog: Count::up_to(COUNTED, backlog),
@@ -381,11 +388,6 @@ impl OutboxStore for MongoStore {
     }
 }
 
-/// All dead letters.
-pub(crate) fn dead_ones() -> Document {
-    doc! { "dead.ts": { "$exists": true } }
-}
-
 /// Who owns what and who is alive, as it was read.
 #[derive(Debug, Default)]
 struct Owners {
@@ -400,6 +402,12 @@ impl Owners {
     fn of(&self, relay: &RelayId) -> Vec<OwnedShard> {
         let own = self.leases.iter().filter(|lease| lease.is_of(relay));
         own.map(Lease::owned).collect()
+    }
+
+    /// How long the shortest of its leases still runs.
+    fn time_left(&self, relay: &RelayId) -> Option<Duration> {
+        let own = self.leases.iter().filter(|lease| lease.is_of(relay));
+        own.filter_map(|lease| lease.left).min()
     }
 }
 

@@ -8,7 +8,9 @@
 mod common;
 
 use common::{Place, client, database, message, unique, url};
+use futures::TryStreamExt;
 use outbox_core::{Ordering, OutboxStore};
+use outbox_mongo::mongodb::IndexModel;
 use outbox_mongo::mongodb::bson::{Bson, Document, doc};
 use outbox_mongo::{
     ErrorKind, Identifier, MongoConfig, MongoStore, Role, grant_script, migrate, migration_script,
@@ -49,14 +51,52 @@ async fn the_archive_is_kept_as_long_as_configured() {
             other => panic!("{other}"),
         }
     };
-    assert_eq!(kept().await, i64::from(i32::MAX), "the relay purges");
-    for (days, expected) in [(7, 7 * 86_400), (0, i64::from(i32::MAX))] {
+    // As long as a server of 5.0 takes it: from now it must not reach before 1970.
+    let never = 1_500_000_000;
+    assert_eq!(kept().await, never, "the relay purges");
+    for (days, expected) in [(7, 7 * 86_400), (20_000, never), (0, never)] {
         let config = MongoConfig {
             archive_ttl: std::time::Duration::from_secs(days * 86_400),
             ..place.config.clone()
         };
         migrate(&config).await.unwrap();
         assert_eq!(kept().await, expected);
+    }
+}
+
+/// An outbox that was made when the index of the dead letters had an entry for each message gets the one that has not.
+#[tokio::test]
+async fn the_index_of_the_dead_is_made_anew() {
+    let place = Place::new().await;
+    let outbox = place.collection("");
+    let dead = async || {
+        let indexes = outbox.list_indexes().await.unwrap();
+        let indexes: Vec<IndexModel> = indexes.try_collect().await.unwrap();
+        let dead = indexes
+            .into_iter()
+            .filter(|index| index.keys.contains_key("dead.ts"));
+        dead.map(|index| index.options.unwrap()).collect::<Vec<_>>()
+    };
+    let made = dead().await;
+    let [only] = made.as_slice() else {
+        panic!("{made:?}")
+    };
+    let partial = doc! { "dead.ts": { "$exists": true } };
+    assert_eq!(only.partial_filter_expression, Some(partial.clone()));
+    // As it was: and what was interrupted between the two is finished.
+    outbox.drop_index(only.name.clone().unwrap()).await.unwrap();
+    let before = doc! { "name": "dead", "key": { "dead.ts": 1, "id": 1 }, "sparse": true };
+    for there in [true, false] {
+        if there {
+            let make = doc! { "createIndexes": "outbox", "indexes": [before.clone()] };
+            place.db().run_command(make).await.unwrap();
+        } else {
+            outbox.drop_index(only.name.clone().unwrap()).await.unwrap();
+        }
+        migrate(&place.config).await.unwrap();
+        let now = dead().await;
+        assert_eq!(now.len(), 1, "{now:?}");
+        assert_eq!(now[0].partial_filter_expression, Some(partial.clone()));
     }
 }
 

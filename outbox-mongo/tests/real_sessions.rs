@@ -19,9 +19,10 @@ use std::time::{Duration, Instant};
 
 use common::{Place, delivered, message, records, request, variable};
 use outbox_core::{
-    ErrorKind, LeaseRequest, MemorySink, Message, OutboxStore, Relay, RelayConfig, RelayId, Settlement,
+    ErrorKind, LeaseRequest, Membership, MemorySink, Message, OutboxStore, Relay, RelayConfig, RelayId,
+    Settlement, Subject,
 };
-use outbox_mongo::mongodb::bson::doc;
+use outbox_mongo::mongodb::bson::{Bson, Document, doc};
 use outbox_mongo::{MongoConfig, MongoStore, migrate};
 use proxy::Proxy;
 use server::OwnServer;
@@ -60,6 +61,12 @@ async fn ten_messages(place: &Place) -> Settlement {
     let (records, _) = records(reader.fetch(&request(&owned, 100)).await.unwrap());
     assert_eq!(records.len(), 10);
     place.settlement(delivered(&owned, &records))
+}
+
+/// So long from the server's own time.
+fn from_now(span: Duration) -> Document {
+    let millis = i64::try_from(span.as_millis()).unwrap();
+    doc! { "$dateAdd": { "startDate": "$$NOW", "unit": "millisecond", "amount": millis } }
 }
 
 /// Each call ends in time although nobody answers, and works again afterwards.
@@ -154,11 +161,10 @@ async fn a_transaction_of_a_relay_that_is_gone_holds_nobody_up() {
     for polls in 1..=20 {
         let place = Place::new().await;
         let settlement = ten_messages(&place).await;
-        let short = LeaseRequest {
-            ttl: Duration::from_millis(500),
-            ..lease_request("relay")
-        };
-        place.store.lease(&short).await.unwrap();
+        // Its leases are over soon; a renewal would not shorten them.
+        let soon = vec![doc! { "$set": { "until": from_now(Duration::from_millis(500)) } }];
+        let leases = place.collection("_lease");
+        leases.update_many(doc! { "owner": "relay" }, soon).await.unwrap();
         let settled = dropped_after(polls, place.store.settle(&settlement)).await;
         open += usize::from(settled.is_none());
         let heir = MongoStore::connect(place.config.clone()).await.unwrap();
@@ -249,6 +255,108 @@ async fn a_relay_goes_on_by_itself_after_crashes_of_the_server() {
     stop.send(()).unwrap();
     running.await.unwrap().unwrap();
     assert_in_order(&sink.delivered(), KEYS, EACH);
+}
+
+/// A server of a test's own that fails as it is told to, and a store whose commands it knows from others'.
+async fn failing() -> (OwnServer, Place) {
+    let server = OwnServer::start(&["--enable-test-commands"]).await;
+    let mut place = Place::at(&server.url(), |_| {}).await;
+    let url = format!("{}?appName=relay", place.direct);
+    place.store = MongoStore::connect(MongoConfig::new(url)).await.unwrap();
+    (server, place)
+}
+
+/// How these commands of the store fail from now on.
+async fn fails(place: &Place, mode: impl Into<Bson>, command: &str, how: Document) {
+    let mut data = how;
+    data.insert("failCommands", vec![command]);
+    data.insert("appName", "relay");
+    let fail = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
+    place.client.database("admin").run_command(fail).await.unwrap();
+}
+
+/// What was read in a snapshot is told to nobody when it cannot be confirmed: after a fail-over it may never have been.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_majority_confirms_is_told_to_nobody() {
+    let (_server, place) = failing().await;
+    let one = message("orders", Some("42"), "placed");
+    place.enqueue(std::slice::from_ref(&one)).await;
+    let (store, owned) = (&place.store, place.lease().await);
+    let subject = Subject::Key(one.order_key().unwrap());
+    // A server that goes, a majority that does not answer in time, a server that does not know the transaction.
+    for (code, asked) in [
+        (91_i32, "fetch"),
+        (64, "fetch"),
+        (251, "fetch"),
+        (251, "lease"),
+        (251, "holds"),
+        (251, "inspect"),
+    ] {
+        let mut reader = store.reader().await.unwrap();
+        // The driver itself asks once more.
+        let twice = doc! { "times": 2 };
+        fails(&place, twice, "commitTransaction", doc! { "errorCode": code }).await;
+        let told = match asked {
+            "fetch" => reader.fetch(&request(&owned, 10)).await.map(drop),
+            "lease" => store.lease(&lease_request("relay")).await.map(drop),
+            "holds" => store.holds(&owned).await.map(drop),
+            _ => {
+                let inspection = store.inspection().unwrap();
+                inspection.inspect(&subject, 10).await.map(drop)
+            }
+        };
+        let error = told.expect_err(asked);
+        assert!(error.is_retryable(), "{asked}: {error:?}");
+        fails(&place, "off", "commitTransaction", doc! {}).await;
+    }
+    // The next one reads it again.
+    let mut reader = store.reader().await.unwrap();
+    let (records, _) = records(reader.fetch(&request(&owned, 10)).await.unwrap());
+    assert_eq!(records.len(), 1);
+}
+
+/// A renewal that was given up, and is carried out when a later one has been, takes back nothing of it.
+#[tokio::test]
+async fn a_renewal_never_shortens_a_lease() {
+    let place = Place::new().await;
+    let (long, short) = (Duration::from_secs(600), Duration::from_secs(2));
+    let lease = async |ttl| {
+        let request = LeaseRequest {
+            ttl,
+            ..lease_request("relay")
+        };
+        place.store.lease(&request).await.unwrap()
+    };
+    let left = async || {
+        let all = place.store.stats().await.unwrap().leases;
+        all.iter().map(|lease| lease.time_left).min().unwrap()
+    };
+    let owned = lease(long).await;
+    let again = lease(short).await;
+    assert_eq!(again.held, owned.held);
+    assert!(again.time_left <= short, "no more than was asked for");
+    assert!(left().await > long / 2, "{:?}", left().await);
+    let member = doc! { "_id": "relay", "$expr": { "$gt": ["$until", from_now(long / 2)] } };
+    let members = place.collection("_lease");
+    assert_eq!(members.count_documents(member).await.unwrap(), 1);
+    // What was released is taken anew.
+    let (relay, stays) = (RelayId::new("relay"), Membership::Stays);
+    place.store.release(&relay, &owned.held, stays).await.unwrap();
+    lease(short).await;
+    assert!(left().await <= short, "{:?}", left().await);
+}
+
+/// What is left of a lease is read, not assumed: a relay counts on no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_time_that_is_left_is_what_the_server_says() {
+    let (_server, place) = failing().await;
+    let owned = place.lease().await;
+    let late = doc! { "blockConnection": true, "blockTimeMS": 1_000 };
+    fails(&place, "alwaysOn", "aggregate", late).await;
+    let again = place.store.lease(&lease_request("relay")).await.unwrap();
+    assert_eq!(again.held, owned);
+    let most = lease_request("relay").ttl - Duration::from_millis(900);
+    assert!(again.time_left <= most, "{:?}", again.time_left);
 }
 
 /// A server that stands alone is refused, and told what to do about it.
