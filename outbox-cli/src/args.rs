@@ -189,8 +189,8 @@ pub(crate) struct StatusArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Show it again every so often, until interrupted
-    #[arg(long, short, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = duration)]
+    /// Show it again every so often, 100ms or more, until interrupted
+    #[arg(long, short, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = interval)]
     pub(crate) watch: Option<Duration>,
 
     /// Answer no (1) when the oldest undelivered message is older than this
@@ -286,7 +286,12 @@ pub(crate) enum DeadCommand {
     Requeue(DeadChoice),
     /// Delete dead letters for good
     #[command(after_help = DEAD_EXAMPLES)]
-    Discard(DeadChoice),
+    Discard {
+        #[command(flatten)]
+        choice: DeadChoice,
+        #[command(flatten)]
+        consent: Consent,
+    },
 }
 
 /// Which dead letters.
@@ -299,7 +304,7 @@ pub(crate) struct DeadChoice {
     pub(crate) which: Which,
 
     /// With --all: only those of this topic
-    #[arg(long, requires = "all")]
+    #[arg(long, requires = "all", conflicts_with = "ids")]
     pub(crate) topic: Option<String>,
 
     /// Print what was done as one JSON object
@@ -314,6 +319,9 @@ pub(crate) enum ParkedCommand {
     List {
         #[command(flatten)]
         config: ConfigArgs,
+        /// Only this topic and its keys; messages without a key are left out, their topic is not known here
+        #[arg(long)]
+        topic: Option<String>,
         /// At most so many
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
@@ -326,7 +334,12 @@ pub(crate) enum ParkedCommand {
     Resume(ParkedChoice),
     /// Move parked messages to the dead letters and let their keys go on
     #[command(after_help = PARKED_EXAMPLES)]
-    Bury(ParkedChoice),
+    Bury {
+        #[command(flatten)]
+        choice: ParkedChoice,
+        #[command(flatten)]
+        consent: Consent,
+    },
 }
 
 /// Some or all; what is parked goes by the ids of the messages that are waited for.
@@ -342,6 +355,14 @@ pub(crate) struct Which {
     pub(crate) all: bool,
 }
 
+/// Leave to do what cannot be undone to all at once.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Consent {
+    /// With --all: do not ask; needed where there is no terminal to ask on
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
 /// Which parked messages.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ParkedChoice {
@@ -350,6 +371,10 @@ pub(crate) struct ParkedChoice {
 
     #[command(flatten)]
     pub(crate) which: Which,
+
+    /// With --all: only this topic and its keys; messages without a key are left out, their topic is not known here
+    #[arg(long, requires = "all", conflicts_with = "ids")]
+    pub(crate) topic: Option<String>,
 
     /// Print what was done as one JSON object
     #[arg(long)]
@@ -390,6 +415,16 @@ const GLOBAL: &str = "Options of all commands";
 
 fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; expected for example 5s, 250ms or 1h"))
+}
+
+/// How often to look: each look asks the database.
+fn interval(text: &str) -> Result<Duration, String> {
+    const SHORTEST: Duration = Duration::from_millis(100);
+    let interval = duration(text)?;
+    if interval < SHORTEST {
+        return Err("each look asks the database: expected 100ms or more".to_owned());
+    }
+    Ok(interval)
 }
 
 const EXIT_CODES: &str = "\
@@ -472,17 +507,20 @@ Examples:
   outbox dead show --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
   outbox dead requeue --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
   outbox dead requeue --config outbox.toml --all --topic orders
-  outbox dead discard --config outbox.toml --all
+  outbox dead discard --config outbox.toml --all          asks first
+  outbox dead discard --config outbox.toml --all --yes    for scripts
 
-Exit code 1 when one of the named messages is not there (any more).";
+Exit code 1 when one of the named messages is not there (any more), or the answer to the question was no.";
 
 const PARKED_EXAMPLES: &str = "\
 Examples:
-  outbox parked list --config outbox.toml
+  outbox parked list --config outbox.toml --topic orders
   outbox parked resume --config outbox.toml --all
   outbox parked bury --config outbox.toml 018f3f2e-7c1a-7000-8000-000000000001
+  outbox parked bury --config outbox.toml --all --topic orders          asks first
+  outbox parked bury --config outbox.toml --all --topic orders --yes    for scripts
 
-Exit code 1 when one of the named messages is not parked (any more).";
+Exit code 1 when one of the named messages is not parked (any more), or the answer to the question was no.";
 
 const CONFIG_EXAMPLES: &str = "\
 Examples:

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Color, Table, TableComponent};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::exit::{Code, Failure, Result};
@@ -38,7 +39,7 @@ pub(crate) fn failure(failure: &Failure, verbose: bool) {
     notice(format!("outbox: {}", one_line(&failure.line)));
     if verbose {
         for cause in &failure.chain {
-            notice(format!("  caused by: {cause}"));
+            notice(format!("  caused by: {}", one_line(cause)));
         }
     }
     if let Some(hint) = &failure.hint {
@@ -64,17 +65,75 @@ pub(crate) fn fields() -> Table {
     table
 }
 
-/// A time as all times of this program. Rows written by hand may name times that no calendar has.
+/// A time as all times of this program, for people.
 pub(crate) fn time(time: SystemTime) -> String {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok();
-    match since.filter(|since| since.as_secs() < YEAR_10000) {
-        Some(_) => humantime::format_rfc3339_millis(time).to_string(),
-        None => "out of range".to_owned(),
-    }
+    timestamp(time).unwrap_or_else(|| "out of range".to_owned())
+}
+
+/// The same for machines: none where it cannot be written. Rows written by hand may name times before 1970 or after
+/// the year 9999, with which humantime would panic.
+pub(crate) fn timestamp(time: SystemTime) -> Option<String> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    (since.as_secs() < YEAR_10000).then(|| humantime::format_rfc3339_millis(time).to_string())
 }
 
 /// In seconds since 1970.
 const YEAR_10000: u64 = 253_402_300_800;
+
+/// Text from elsewhere, such as a topic or what a sink said: no control character in it reaches the terminal.
+pub(crate) fn readable(text: impl AsRef<str>) -> String {
+    let mut readable = String::with_capacity(text.as_ref().len());
+    for c in text.as_ref().chars() {
+        match c.is_control() {
+            true => readable.extend(c.escape_default()),
+            false => readable.push(c),
+        }
+    }
+    readable
+}
+
+/// A key as people can read it.
+pub(crate) fn readable_key(key: &[u8]) -> String {
+    match str::from_utf8(key) {
+        Ok(text) if !text.chars().any(char::is_control) => text.to_owned(),
+        _ => key.escape_ascii().to_string(),
+    }
+}
+
+/// A bar for so many of something, on stderr where that is a terminal.
+pub(crate) fn progress(total: u64, what: &str) -> ProgressBar {
+    let template = format!("{{bar:40}} {{human_pos}} of {{human_len}} {what}, {{per_sec}}, {{eta}} left");
+    ProgressBar::new(total).with_style(style(&template))
+}
+
+/// A count of something, of which nobody knows yet how many there are.
+pub(crate) fn counting(what: &str) -> ProgressBar {
+    ProgressBar::no_length().with_style(style(&format!("{{human_pos}} {what}")))
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Whether there is somebody to ask: who cannot see the question cannot answer it.
+pub(crate) fn can_ask() -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal()
+}
+
+/// Asks; anything but a yes is a no.
+pub(crate) fn ask(question: &str) -> Result<bool> {
+    let mut answer = String::new();
+    let mut err = io::stderr().lock();
+    write!(err, "{question} [y/N] ")
+        .and_then(|()| err.flush())
+        .and_then(|()| io::stdin().read_line(&mut answer))
+        .map_err(|error| Failure::new(Code::Unavailable, format!("ask: {error}")).because(&error))?;
+    Ok(is_yes(&answer))
+}
+
+fn is_yes(answer: &str) -> bool {
+    ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str())
+}
 
 /// A cell with a number, which stands at the right.
 pub(crate) fn number(value: impl ToString) -> Cell {
@@ -127,7 +186,49 @@ fn write(out: &mut impl Write, text: &str) -> Result<()> {
         })
 }
 
-/// Errors of libraries may have several lines; a log collector wants one.
+/// Errors of libraries may have several lines, and what a server said in them; a log collector wants one line.
 fn one_line(text: &str) -> String {
-    text.split('\n').map(str::trim).collect::<Vec<_>>().join(" ")
+    readable(text.split('\n').map(str::trim).collect::<Vec<_>>().join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn times_that_cannot_be_written_are_out_of_range() {
+        let last = SystemTime::UNIX_EPOCH + Duration::from_millis(253_402_300_799_999);
+        assert_eq!(time(SystemTime::UNIX_EPOCH), "1970-01-01T00:00:00.000Z");
+        assert_eq!(time(last), "9999-12-31T23:59:59.999Z");
+        for odd in [
+            SystemTime::UNIX_EPOCH - Duration::from_millis(1),
+            last + Duration::from_millis(1),
+        ] {
+            assert_eq!((time(odd), timestamp(odd)), ("out of range".to_owned(), None));
+        }
+    }
+
+    #[test]
+    fn no_control_character_is_readable() {
+        assert_eq!(
+            readable("a \x1b[31mü\r\n\t\u{9b}\u{7f} \\ \""),
+            "a \\u{1b}[31mü\\r\\n\\t\\u{9b}\\u{7f} \\ \""
+        );
+        assert_eq!(readable_key("ü".as_bytes()), "ü");
+        assert_eq!(readable_key(b"\x1b[2J"), "\\x1b[2J");
+        assert_eq!(readable_key(b"\xff\0"), "\\xff\\x00");
+        assert_eq!(one_line("first\r\n  second \x07"), "first second \\u{7}");
+    }
+
+    #[test]
+    fn only_a_yes_is_a_yes() {
+        for yes in ["y\n", "Y\r\n", " yes "] {
+            assert!(is_yes(yes), "{yes:?}");
+        }
+        for no in ["", "\n", "n\n", "yesterday\n", "1\n"] {
+            assert!(!is_yes(no), "{no:?}");
+        }
+    }
 }

@@ -15,6 +15,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::Notify;
 
 use crate::exit::{Code, Failure};
+use crate::output;
 
 /// Tells that the reader of stdout has gone and will not come back.
 #[derive(Debug, Clone, Default)]
@@ -291,6 +292,7 @@ pub(crate) struct Line<'a> {
     headers: Vec<(&'a str, Text<'a>)>,
     content_type: Option<&'a str>,
     key_seq: Option<i64>,
+    /// None also where the row has a time that cannot be written.
     created_at: Option<String>,
 }
 
@@ -312,9 +314,7 @@ impl<'a> Line<'a> {
                 .collect(),
             content_type: message.content_type(),
             key_seq,
-            created_at: message
-                .created_at()
-                .map(|time| humantime::format_rfc3339_millis(time).to_string()),
+            created_at: message.created_at().and_then(output::timestamp),
         }
     }
 }

@@ -57,6 +57,8 @@ fn wrong_usage_is_2() {
         &["publish"],
         &["relay", "--drian"],
         &["status", "--watch", "soon"],
+        &["status", "--watch", "0s"],
+        &["status", "--watch", "99ms"],
         &["demo", "--orders", "0"],
         &["dead", "requeue"],
         &["resume"],

@@ -101,6 +101,26 @@ fn a_parked_key_says_why_and_what_to_do_and_goes_on_after_resume() {
 }
 
 #[test]
+fn a_topic_whose_first_message_is_parked_says_so_though_that_has_no_key() {
+    let place = Place::migrated(&format!("{STDOUT}[relay]\non_failure = 'park'\n"));
+    enqueue(&place, 1, None, true);
+    assert_eq!(place.run(&["relay", "--drain"]).code, Some(1));
+    enqueue(&place, 2, None, false);
+    let topic = explain(&place, &["--topic", "t"], 0);
+    assert_eq!(topic["places"][0]["id"], id(1), "{topic}");
+    assert_eq!(codes(&topic["places"][0]["causes"]), ["parked", "no_relay"]);
+    assert!(
+        place
+            .ok(&["explain", "--topic", "t"])
+            .contains(&format!("outbox resume {}", id(1)))
+    );
+    // Another topic is not stopped by it.
+    place.execute("INSERT INTO outbox (topic) VALUES ('u')", []);
+    let other = explain(&place, &["--topic", "u"], 0);
+    assert_eq!(codes(&other["places"][0]["causes"]), ["no_relay"]);
+}
+
+#[test]
 fn a_message_is_found_wherever_it_stands() {
     let place = Place::migrated(&STDOUT.replace("[sink]", "archive = true\n[sink]"));
     enqueue(&place, 1, None, false);

@@ -272,6 +272,7 @@ fn nothing_listens_unless_it_is_asked_to_and_only_where_it_may() {
         &["--listen", "192.0.2.1:0"],
         &["--listen", "somewhere"],
         &["--listen", "192.0.2.1:0", "--listen-public"],
+        &["--listen-public", "--drain"],
     ] {
         let run = place.run(&[&["relay"], arguments].concat());
         assert_eq!(run.code, Some(2), "{arguments:?}: {run:?}");
@@ -280,6 +281,9 @@ fn nothing_listens_unless_it_is_asked_to_and_only_where_it_may() {
             "{run:?}"
         );
     }
+    let mut command = place.command(&["relay", "--drain", "--listen-public"]);
+    command.env("OUTBOX_RELAY__LISTEN", "127.0.0.1:0");
+    assert_eq!(common::finish(command).code, Some(0), "the file may say where");
     let mut command = place.command(&["relay", "--drain"]);
     command.env("OUTBOX_RELAY__LISTEN", "0.0.0.0:0");
     assert_eq!(common::finish(command).code, Some(2));

@@ -80,13 +80,60 @@ fn status_answers_probes() {
 #[test]
 fn status_can_be_watched() {
     let place = Place::migrated(STDOUT);
-    let mut watch = place.start(&["status", "--watch", "50ms", "--json"], Stdio::piped());
+    let mut watch = place.start(&["status", "--watch", "100ms", "--json"], Stdio::piped());
     let mut lines = BufReader::new(watch.child().stdout.take().unwrap()).lines();
     for _ in 0..3 {
         one_object(&lines.next().unwrap().unwrap());
     }
     watch.signal("INT");
     assert_eq!(watch.wait().code, Some(0));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_signal_ends_the_watch_while_the_database_does_not_answer() {
+    let place = Place::migrated(&STDOUT.replace("[sink]", "busy_timeout = '60s'\n[sink]"));
+    let mut watch = place.start(&["status", "--watch", "100ms", "--json"], Stdio::piped());
+    let mut lines = BufReader::new(watch.child().stdout.take().unwrap()).lines();
+    one_object(&lines.next().unwrap().unwrap());
+    // Another file in the place of the first, so that the connection is made anew and waits.
+    let _locked = place.lock("other.db");
+    std::fs::rename(place.path("other.db"), place.path("app.db")).unwrap();
+    let locked = std::fs::metadata(place.path("app.db")).unwrap();
+    common::eventually("it asks the locked database", || watch.has_open(&locked));
+    watch.signal("TERM");
+    assert_eq!(watch.wait().code, Some(0));
+}
+
+#[test]
+fn times_that_no_calendar_has_do_no_harm() {
+    let place = Place::migrated(STDOUT);
+    for (position, odd) in [(1, 1_700_000_000_000_000_i64), (2, -1)] {
+        place.execute(
+            "INSERT INTO outbox_dead (position, message_id, topic, created_at, attempts, reason, died_at)
+             VALUES (?1, randomblob(16), 't', ?2, 1, 'too large', ?2)",
+            (position, odd),
+        );
+    }
+    let table = place.ok(&["dead", "list"]);
+    assert_eq!(table.matches("out of range").count(), 2, "{table}");
+    for letter in place.ok(&["dead", "list", "--json"]).lines() {
+        let letter = one_object(letter);
+        assert_eq!(letter["died_at"], json!(null));
+        let id = letter["id"].as_str().unwrap();
+        let shown = place.json(&["dead", "show", id]);
+        assert_eq!(shown["message"]["created_at"], json!(null), "{shown}");
+        let explained = place.json(&["explain", "--message", id, "--json"]);
+        assert_eq!(
+            (
+                &explained["places"][0]["at"],
+                &explained["places"][0]["created_at"]
+            ),
+            (&json!(null), &json!(null)),
+            "{explained}"
+        );
+        assert!(place.ok(&["explain", "--message", id]).contains("out of range"));
+    }
 }
 
 /// A message of key `k` that no sink can be given: its headers are no headers.
@@ -140,7 +187,7 @@ fn dead_letters_are_listed_shown_requeued_and_discarded() {
     assert_eq!(place.backlog(), 1);
     place.ok(&["relay", "--drain"]);
     assert_eq!(
-        place.json(&["dead", "discard", "--all", "--topic", "t", "--json"]),
+        place.json(&["dead", "discard", "--all", "--topic", "t", "--yes", "--json"]),
         json!({"requeued": null, "discarded": 1, "not_found": []})
     );
     assert_eq!(place.ok(&["dead", "list"]), "no dead letters\n");
@@ -170,7 +217,10 @@ fn parked_keys_are_listed_resumed_and_buried() {
         "it is not parked any more"
     );
     assert_eq!(place.run(&["relay", "--drain"]).code, Some(1));
-    assert_eq!(place.json(&["parked", "bury", "--all", "--json"])["buried"], 1);
+    assert_eq!(
+        place.json(&["parked", "bury", "--all", "--yes", "--json"])["buried"],
+        1
+    );
     assert!(place.ok(&["relay", "--drain"]).contains(r#""payload":"2""#));
     assert!(place.ok(&["dead", "list"]).contains(head));
 }

@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 
 use common::{Place, Running, STDOUT, finish};
+use serde_json::json;
 
 #[test]
 fn a_drain_writes_each_message_as_one_line_of_json() {
@@ -44,6 +45,51 @@ fn a_drain_writes_each_message_as_one_line_of_json() {
     );
     assert_eq!(place.backlog(), 0);
     assert_eq!(place.ok(&["relay", "--drain"]), "");
+}
+
+#[test]
+fn a_time_that_no_calendar_has_stops_nothing() {
+    let place = Place::migrated(STDOUT);
+    // Microseconds in a column of milliseconds, and a time before 1970.
+    for odd in [1_700_000_000_000_000_i64, -1, 1_700_000_000_123] {
+        place.execute(
+            "INSERT INTO outbox (topic, payload, created_at) VALUES ('t', 'x', ?1)",
+            [odd],
+        );
+    }
+    let run = place.start(&["relay", "--drain"], Stdio::piped()).wait();
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let times: Vec<_> = run
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["created_at"].clone())
+        .collect();
+    assert_eq!(
+        times,
+        [json!(null), json!(null), json!("2023-11-14T22:13:20.123Z")]
+    );
+    assert_eq!(place.backlog(), 0);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_signal_ends_the_wait_for_a_database_that_does_not_answer() {
+    let drain: &[&str] = &["relay", "--drain"];
+    // A relay that has not begun has nothing to stop; what a drain has left is not known.
+    for (args, signal, code) in [
+        (&["relay"][..], "TERM", 0),
+        (drain, "TERM", 143),
+        (drain, "INT", 130),
+    ] {
+        let place = Place::migrated(&STDOUT.replace("[sink]", "busy_timeout = '60s'\n[sink]"));
+        let _locked = place.lock("app.db");
+        let locked = std::fs::metadata(place.path("app.db")).unwrap();
+        let mut relay = place.start(args, Stdio::piped());
+        common::eventually("it opens the locked database", || relay.has_open(&locked));
+        relay.signal(signal);
+        let run = relay.wait();
+        assert_eq!(run.code, Some(code), "{run:?}");
+    }
 }
 
 #[test]

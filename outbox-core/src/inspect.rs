@@ -98,7 +98,8 @@ pub struct Facts {
     pub found: Vec<Standing>,
     /// How many undelivered messages of the subject there are.
     pub backlog: Count,
-    /// Of a message or a key: the holds that stop it. Of a topic: its own and those of its keys.
+    /// Of a message or a key: the holds that stop it. Of a topic: its own, those of its keys, and that of the message
+    /// that was found if it has no key; a keyless message's hold names no topic, so those of later ones are not told.
     pub holds: Vec<Hold>,
     /// Of a key, under [`crate::Ordering::Sequenced`]: the last number that was given.
     pub last_seq: Option<i64>,
@@ -221,6 +222,28 @@ impl Subject {
     }
 
     /// Whether a hold stops any of it; `found` is what was found of it. Ready-made for stores that have read all holds.
+    ///
+    /// ```
+    /// use outbox_core::{Count, Hold, HoldScope, HoldState, Message, Place, Position, Shard, Standing, Subject};
+    ///
+    /// # fn main() -> outbox_core::Result<()> {
+    /// let message = Message::builder("orders").build()?;
+    /// let place = Place::Outbox { shard: Shard(0), position: Position(7), ahead: Count::Exact(0) };
+    /// let first = Standing::of(&message, None, place);
+    /// let head = outbox_core::RecordRef { position: Position(7), id: message.id() };
+    /// let hold = Hold {
+    ///     shard: Shard(0),
+    ///     scope: HoldScope::Message,
+    ///     head,
+    ///     attempts: 3,
+    ///     state: HoldState::Parked,
+    ///     reason: "too large".into(),
+    /// };
+    /// let topic = Subject::Topic("orders".into());
+    /// assert!(topic.is_stopped_by(&hold, &[first]));
+    /// assert!(!topic.is_stopped_by(&hold, &[]));
+    /// # Ok(()) }
+    /// ```
     #[must_use]
     pub fn is_stopped_by(&self, hold: &Hold, found: &[Standing]) -> bool {
         match (self, &hold.scope) {
@@ -229,7 +252,9 @@ impl Subject {
             (Self::Key(key), HoldScope::Key(held)) => key == held,
             (Self::Topic(own), HoldScope::Topic(topic)) => own == topic,
             (Self::Topic(own), HoldScope::Key(held)) => *own == held.topic,
-            (_, HoldScope::Message) => false,
+            // It names no topic: whose it is shows the message that it stops.
+            (Self::Topic(_), HoldScope::Message) => found.iter().any(|standing| standing.is_stopped_by(hold)),
+            (Self::Key(_), HoldScope::Message) => false,
         }
     }
 }

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::sureness;
 use crate::args::ExplainArgs;
 use crate::exit::{Answer, Code, Failure, Result};
-use crate::output::{self, coloured};
+use crate::output::{self, coloured, readable, readable_key};
 use crate::stdout_sink::Text;
 
 /// The explanation as JSON.
@@ -57,7 +57,7 @@ struct Shown<'a> {
     attempts: Option<u32>,
     created_at: Option<String>,
     age_seconds: Option<f64>,
-    /// When it is due, was delivered or was given up.
+    /// When it is due, was delivered or was given up; null, too, where that cannot be written.
     at: Option<String>,
     causes: Vec<Because>,
 }
@@ -121,9 +121,9 @@ fn show(subject: &Subject, facts: &Facts, explanation: &Explanation) -> Result<(
     match subject {
         Subject::Message(id) => whole.add_row(["message", &id.to_string()]),
         Subject::Key(key) => whole
-            .add_row(["topic", &key.topic])
-            .add_row(["key", &readable(&key.key)]),
-        Subject::Topic(topic) => whole.add_row(["topic", topic]),
+            .add_row(["topic", &readable(&key.topic)])
+            .add_row(["key", &readable_key(&key.key)]),
+        Subject::Topic(topic) => whole.add_row(["topic", &readable(topic)]),
     };
     if !matches!(subject, Subject::Message(_)) && !facts.found.is_empty() {
         whole.add_row(["backlog", &backlog(facts.backlog)]);
@@ -183,12 +183,12 @@ fn place(subject: &Subject, now: SystemTime, explained: &Explained) -> Table {
         table.add_row(["message", &id.to_string()]);
     }
     if matches!(subject, Subject::Message(_)) {
-        table.add_row(["topic", topic]);
+        table.add_row(["topic", &readable(topic)]);
     }
     match (subject, key) {
         (Subject::Key(_), _) => {}
         (_, Some(key)) => {
-            table.add_row(["key", &readable(&key.key)]);
+            table.add_row(["key", &readable_key(&key.key)]);
         }
         (_, None) => {
             table.add_row(["key", "none"]);
@@ -212,7 +212,7 @@ fn because<'a>(table: &mut Table, causes: impl IntoIterator<Item = &'a Cause>) {
             "in_line" | "delivered" | "scheduled" => Color::Green,
             _ => Color::Yellow,
         };
-        table.add_row([coloured("why", color), Cell::new(cause)]);
+        table.add_row([coloured("why", color), Cell::new(readable(cause.to_string()))]);
         for (number, remedy) in cause.remedies().iter().enumerate() {
             table.add_row([if number == 0 { "do" } else { "or" }, remedy]);
         }
@@ -256,7 +256,7 @@ fn shown(now: SystemTime, explained: &Explained) -> Shown<'_> {
         shard: None,
         ahead: None,
         attempts: None,
-        created_at: standing.created_at.map(output::time),
+        created_at: standing.created_at.and_then(output::timestamp),
         age_seconds: standing
             .created_at
             .map(|created| now.duration_since(created).unwrap_or_default().as_secs_f64()),
@@ -273,11 +273,10 @@ fn shown(now: SystemTime, explained: &Explained) -> Shown<'_> {
                 (Some(shard.0), Some(position.0), Some(ahead.value()));
         }
         Place::Scheduled { shard, due } => {
-            (shown.place, shown.shard, shown.at) = ("scheduled", Some(shard.0), Some(output::time(*due)));
+            (shown.place, shown.shard, shown.at) = ("scheduled", Some(shard.0), output::timestamp(*due));
         }
         Place::Processed { position, at } => {
-            (shown.place, shown.position, shown.at) =
-                ("processed", Some(position.0), Some(output::time(*at)));
+            (shown.place, shown.position, shown.at) = ("processed", Some(position.0), output::timestamp(*at));
         }
         Place::Dead {
             position,
@@ -285,7 +284,7 @@ fn shown(now: SystemTime, explained: &Explained) -> Shown<'_> {
             at,
             ..
         } => {
-            (shown.place, shown.position, shown.at) = ("dead", Some(position.0), Some(output::time(*at)));
+            (shown.place, shown.position, shown.at) = ("dead", Some(position.0), output::timestamp(*at));
             shown.attempts = Some(*attempts);
         }
     }
@@ -301,14 +300,6 @@ fn told(causes: &[Cause]) -> Vec<Because> {
             remedies: cause.remedies(),
         })
         .collect()
-}
-
-/// A key as people can read it, in which no control character reaches the terminal.
-fn readable(key: &[u8]) -> String {
-    match str::from_utf8(key) {
-        Ok(text) if !text.chars().any(char::is_control) => text.to_owned(),
-        _ => key.escape_ascii().to_string(),
-    }
 }
 
 #[cfg(test)]

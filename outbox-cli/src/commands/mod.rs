@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+mod bulk;
 mod config;
 mod dead;
 mod demo;
@@ -20,6 +21,7 @@ use tokio::runtime::Runtime;
 use crate::args::{Args, Command, ConfigArgs};
 use crate::exit::{Answer, Code, Failure, Result};
 use crate::logging;
+use crate::output;
 use crate::settings::Settings;
 
 /// Does what the command line says.
@@ -63,6 +65,20 @@ const fn sureness(count: Count) -> &'static str {
         Count::Exact(_) => "exact",
         Count::AtLeast(_) => "at_least",
         Count::About(_) => "about",
+    }
+}
+
+/// One more than is shown shows whether there are more.
+const fn and_one(limit: u32) -> usize {
+    (limit as usize).saturating_add(1)
+}
+
+/// Cuts a list at the limit, and says so to people: a list that just ends is taken for all there is.
+fn cut<T>(list: &mut Vec<T>, limit: u32) {
+    let limit = limit as usize;
+    if list.len() > limit {
+        list.truncate(limit);
+        output::notice(format!("{limit} shown; --limit shows more"));
     }
 }
 

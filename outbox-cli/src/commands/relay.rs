@@ -1,8 +1,9 @@
 //! `outbox relay`: runs a relay until it is told to stop, or until nothing is left.
 
+use std::future::Future;
 use std::sync::Arc;
 
-use outbox::{OutboxStore, Relay};
+use outbox::{OutboxStore, Relay, Stats};
 use tokio::sync::oneshot;
 
 use super::signals::Signals;
@@ -18,15 +19,20 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
         Failure::new(Code::Unexpected, format!("listen for signals: {error}")).because(&error)
     })?;
     let settings = super::settings(&args.config)?;
-    let store = settings.store.open().await?;
-    let gone = Gone::default();
     let address = address(args, &settings)?;
+    let store = tokio::select! {
+        store = reach(&settings) => store?,
+        signal = signals.next() => {
+            tracing::info!(signal, "told to stop before the relay started");
+            // Nothing was begun, so that this is an orderly end; but what a drain would have left nobody knows.
+            return Ok(if args.drain { Answer::Interrupted(signal) } else { Answer::Yes });
+        }
+    };
+    let gone = Gone::default();
     // Before the relay, so that it records what the relay counts.
     let metrics = address.map(|_| record_metrics()).transpose()?;
     let relay = build(&settings, store.clone(), &gone)?;
     let id = relay.id().clone();
-    // A store that is not there is told at once and by the exit code; later on the relay waits for it to come back.
-    store.stats().await?;
 
     tracing::info!(relay = %id, store = settings.store.describe(), sink = settings.sink.as_ref().map(SinkSettings::describe), drain = args.drain, "relay starts");
     // Dropped with this function: nothing is served when the relay has ended.
@@ -57,7 +63,7 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
     tokio::select! {
         result = &mut running => {
             result?;
-            return remaining(&*store, args.drain).await;
+            return remaining(store.stats(), args.drain, &mut signals).await;
         }
         signal = signals.next() => tracing::info!(relay = %id, signal, "stopping in order; a second signal stops at once"),
         () = gone.wait() => reader_gone = true,
@@ -77,13 +83,28 @@ pub(crate) async fn run(args: &RelayArgs) -> Result<Answer> {
                 .hint("nothing is lost: what was not written, and the last batch, will be written again"),
         );
     }
-    remaining(&*store, args.drain).await
+    remaining(store.stats(), args.drain, &mut signals).await
+}
+
+/// Opens the store and asks it once: one that is not there is told at once and by the exit code; later on the relay
+/// waits for it to come back.
+async fn reach(settings: &Settings) -> Result<Arc<dyn OutboxStore>> {
+    let store = settings.store.open().await?;
+    store.stats().await?;
+    Ok(store)
 }
 
 /// Where to listen, if anywhere: the command line before the configuration.
 fn address(args: &RelayArgs, settings: &Settings) -> Result<Option<Address>> {
     let public = args.listen_public || settings.relay.listen_public;
     let address = args.listen.as_deref().or(settings.relay.listen.as_deref());
+    if args.listen_public && address.is_none() {
+        return Err(Failure::new(
+            Code::Usage,
+            "listen: --listen-public allows an address, but none is given",
+        )
+        .hint("add --listen ADDRESS, or relay.listen in the file"));
+    }
     address.map(|address| Address::read(address, public)).transpose()
 }
 
@@ -97,12 +118,19 @@ fn build(settings: &Settings, store: Arc<dyn OutboxStore>, gone: &Gone) -> Resul
         .with_id(settings.relay.id()))
 }
 
-/// Whether a drain has left nothing behind.
-async fn remaining(store: &dyn OutboxStore, drain: bool) -> Result<Answer> {
+/// Whether a drain has left nothing behind. A store that does not answer is not waited for when a signal comes.
+async fn remaining(
+    stats: impl Future<Output = outbox::Result<Stats>>,
+    drain: bool,
+    signals: &mut Signals,
+) -> Result<Answer> {
     if !drain {
         return Ok(Answer::Yes);
     }
-    let stats = store.stats().await?;
+    let stats = tokio::select! {
+        stats = stats => stats?,
+        signal = signals.next() => return Ok(Answer::Interrupted(signal)),
+    };
     if stats.backlog.value() == 0 {
         output::notice("drained: the outbox is empty");
         return Ok(Answer::Yes);
@@ -112,4 +140,26 @@ async fn remaining(store: &dyn OutboxStore, drain: bool) -> Result<Answer> {
         stats.backlog, stats.retrying, stats.parked
     ));
     Ok(Answer::No)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_ends_the_wait_for_what_remains() {
+        let mut signals = Signals::listen().unwrap();
+        let itself = std::process::id().to_string();
+        let sent = Command::new("sh")
+            .args(["-c", &format!("kill -TERM {itself}")])
+            .status()
+            .unwrap();
+        assert!(sent.success());
+        let answer = remaining(std::future::pending(), true, &mut signals)
+            .await
+            .unwrap();
+        assert_eq!(answer, Answer::Interrupted(15));
+    }
 }

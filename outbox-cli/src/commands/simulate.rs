@@ -7,7 +7,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use comfy_table::Table;
-use indicatif::{ProgressBar, ProgressStyle};
 use outbox::sim::{Simulation, Summary, Violation};
 use serde::Serialize;
 
@@ -146,7 +145,7 @@ fn simulate(args: &SimulateArgs, first: u64, worlds: u64) -> Result<Report> {
         |threads| usize::from(threads.get()),
     );
     let (next, over) = (AtomicU64::new(0), AtomicBool::new(false));
-    let bar = ProgressBar::new(worlds).with_style(style());
+    let bar = output::progress(worlds, "worlds");
     let work = || {
         let mut report = Report::default();
         while !over.load(Ordering::Relaxed) {
@@ -185,9 +184,4 @@ fn simulate(args: &SimulateArgs, first: u64, worlds: u64) -> Result<Report> {
         ));
     }
     Ok(report)
-}
-
-fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} worlds, {per_sec}, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }

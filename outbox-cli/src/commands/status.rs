@@ -11,7 +11,7 @@ use super::signals::Signals;
 use super::sureness;
 use crate::args::StatusArgs;
 use crate::exit::{Answer, Code, Failure, Result};
-use crate::output::{self, coloured, number};
+use crate::output::{self, coloured, number, readable};
 
 /// The state as JSON: durations in seconds, counts as numbers with a word on how sure they are.
 #[derive(Serialize)]
@@ -49,14 +49,18 @@ pub(crate) async fn run(args: &StatusArgs) -> Result<Answer> {
     let mut signals = Signals::listen().map_err(|error| {
         Failure::new(Code::Unexpected, format!("listen for signals: {error}")).because(&error)
     })?;
+    let mut answer = None;
     loop {
-        let stats = store.stats().await?;
+        let stats = tokio::select! {
+            stats = store.stats() => stats?,
+            signal = signals.next() => return Ok(answer.unwrap_or(Answer::Interrupted(signal))),
+        };
         if !args.json {
             output::clear();
         }
-        let answer = show(args, &*store, &stats)?;
+        let last = *answer.insert(show(args, &*store, &stats)?);
         tokio::select! {
-            _ = signals.next() => return Ok(answer),
+            _ = signals.next() => return Ok(last),
             () = tokio::time::sleep(interval) => {}
         }
     }
@@ -144,7 +148,10 @@ fn owners(stats: &Stats) -> Table {
         };
         let left = leases.iter().map(|lease| lease.time_left).min();
         table.add_row([
-            owner.map_or_else(|| coloured("nobody", Color::Yellow), Cell::new),
+            owner.map_or_else(
+                || coloured("nobody", Color::Yellow),
+                |owner| Cell::new(readable(owner)),
+            ),
             Cell::new(ranges(leases.iter().map(|lease| lease.shard.0))),
             number(epochs),
             number(left.filter(|_| owner.is_some()).map_or_else(String::new, short)),

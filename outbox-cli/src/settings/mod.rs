@@ -259,7 +259,13 @@ fn take_type(section: &str, node: &mut Node, expected: &str) -> Result<String> {
 }
 
 fn unknown_type(section: &str, found: &str, expected: &str) -> Failure {
-    wrong(format!("{section}.type: expected {expected} (value: {found:?})"))
+    // What is no plain word may be a URL that was put there by mistake, with its password.
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let shown = match found.len() <= 32 && found.chars().all(plain) {
+        true => format!(" (value: {found:?})"),
+        false => String::new(),
+    };
+    wrong(format!("{section}.type: expected {expected}{shown}"))
 }
 
 fn read_section<T: DeserializeOwned>(section: &str, node: Node) -> Result<T> {

@@ -57,7 +57,15 @@ impl StoreSettings {
     /// Opens the outbox, which must be there.
     pub(crate) async fn open(&self) -> Result<Arc<dyn OutboxStore>> {
         match self {
-            Self::Sqlite(config) => Ok(Arc::new(SqliteStore::open(config.clone())?)),
+            Self::Sqlite(config) => {
+                let config = config.clone();
+                // It may wait for a lock: on a thread of its own, so that a signal is heard meanwhile.
+                let opened = tokio::task::spawn_blocking(|| SqliteStore::open(config)).await;
+                let store = opened.map_err(|error| {
+                    Failure::new(Code::Unexpected, format!("open the store: {error}")).because(&error)
+                })?;
+                Ok(Arc::new(store?))
+            }
             Self::Postgres(config) => Ok(Arc::new(PostgresStore::connect(config.clone()).await?)),
             Self::Mysql(config) => Ok(Arc::new(MysqlStore::connect(config.clone()).await?)),
             Self::Mongo(config) => Ok(Arc::new(MongoStore::connect(config.clone()).await?)),

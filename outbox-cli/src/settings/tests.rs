@@ -345,6 +345,33 @@ fn a_store_s_url_is_never_shown() {
 }
 
 #[test]
+fn what_is_no_plain_word_is_not_shown_as_a_type() {
+    let url = "postgres://relay:canary@db/app";
+    let long = "canary".repeat(6);
+    for wrong in [url, "canary canary", "canary\n", "känary-canary", long.as_str()] {
+        let texts = [
+            (
+                format!("[store]\ntype = {wrong:?}\n"),
+                "store.type: expected sqlite, postgres",
+            ),
+            (
+                format!("{STORE}[sink]\ntype = {wrong:?}\n"),
+                "sink.type: expected kafka or stdout",
+            ),
+        ];
+        for (text, expected) in texts {
+            let line = refusal(&text, &[]);
+            assert!(line.contains(expected) && !line.contains("canary"), "{line}");
+        }
+    }
+    let line = refusal("", &[("OUTBOX_STORE__TYPE", "my-sql_8")]);
+    assert!(
+        line.contains("store.type: expected") && line.ends_with("(value: \"my-sql_8\")"),
+        "{line}"
+    );
+}
+
+#[test]
 fn where_to_listen_may_be_a_number() {
     let listen = |section: &str, environment: &[(&str, &str)]| {
         load(&format!("{STORE}[relay]\n{section}\n"), environment)

@@ -56,6 +56,17 @@ impl Place {
         Connection::open(self.path("app.db")).unwrap()
     }
 
+    /// A database of this name that nobody else can so much as read while the connection lives.
+    pub fn lock(&self, name: &str) -> Connection {
+        let connection = Connection::open(self.path(name)).unwrap();
+        connection
+            .execute_batch(
+                "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; CREATE TABLE IF NOT EXISTS locked (x)",
+            )
+            .unwrap();
+        connection
+    }
+
     pub fn execute(&self, statement: &str, params: impl Params) {
         self.connection().execute(statement, params).unwrap();
     }
@@ -196,6 +207,16 @@ impl Running {
 
     pub fn child(&mut self) -> &mut Child {
         self.0.as_mut().unwrap()
+    }
+
+    /// Whether it has this file open.
+    #[cfg(target_os = "linux")]
+    pub fn has_open(&mut self, file: &std::fs::Metadata) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.child().id())).unwrap();
+        // What was closed meanwhile is not open.
+        open.filter_map(|entry| std::fs::metadata(entry.unwrap().path()).ok())
+            .any(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
     }
 
     /// Sends a signal by its name.

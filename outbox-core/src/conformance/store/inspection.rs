@@ -274,6 +274,11 @@ pub async fn inspection_tells_holds<H: StoreHarness>() {
         [],
         "the hold of a keyless message stops no other"
     );
+    assert_eq!(
+        heads(Subject::Topic(bench.topic(0))).await,
+        [(HoldScope::Message, 4)],
+        "the hold of a topic's first message is told of the topic"
+    );
     if bench.can.keys {
         let head = find("a1").unwrap();
         let key = HoldScope::Key(order_key(head));
@@ -290,7 +295,7 @@ pub async fn inspection_tells_holds<H: StoreHarness>() {
         assert_eq!(heads(Subject::Key(order_key(find("b1").unwrap()))).await, []);
         assert_eq!(
             heads(Subject::Topic(bench.topic(0))).await,
-            [(key, 2)],
+            [(key, 2), (HoldScope::Message, 4)],
             "the holds of its keys are told of a topic"
         );
     }
