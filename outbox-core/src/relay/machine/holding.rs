@@ -437,7 +437,6 @@ impl Machine {
             .take_while(|(due, ..)| *due <= now)
             .cloned()
             .collect();
-        let active: BTreeSet<Shard> = self.leasing.active().iter().map(|owned| owned.shard).collect();
         let shards: BTreeSet<Shard> = due.iter().map(|(_, shard, _)| *shard).collect();
         let unresolved: HashSet<(Shard, OrderKey)> = shards
             .into_iter()
@@ -448,13 +447,11 @@ impl Machine {
                 Scope::Key(key) => unresolved.contains(&(shard, key.clone())),
                 Scope::Message(_) => false,
             };
+            let is_read = self.leasing.reads(shard);
             let Some(entry) = self.holds.entries.get_mut(&(shard, scope.clone())) else {
                 continue;
             };
-            if unresolved
-                || !active.contains(&shard)
-                || self.flights.contains_key(&(shard, entry.head.position))
-            {
+            if unresolved || !is_read || self.flights.contains_key(&(shard, entry.head.position)) {
                 // The sink still has some of it, or its shard is to be given up and is not read, or the hold is not
                 // written yet and its head would not be read.
                 entry.state = State::Waiting { due: later };
@@ -483,17 +480,17 @@ impl Machine {
             };
             reread.push(Reread { shard, scope, from });
         }
-        self.release_overflows(&active, &mut reread);
+        self.release_overflows(&mut reread);
         self.release_due_topics(now, fetch);
         reread
     }
 
-    fn release_overflows(&mut self, active: &BTreeSet<Shard>, reread: &mut Vec<Reread>) {
+    fn release_overflows(&mut self, reread: &mut Vec<Reread>) {
         let drained: Vec<(Shard, OrderKey)> = self
             .holds
             .overflows
             .keys()
-            .filter(|place| active.contains(&place.0) && !self.queues.contains_key(place))
+            .filter(|place| self.leasing.reads(place.0) && !self.queues.contains_key(place))
             .cloned()
             .collect();
         for (shard, key) in drained {

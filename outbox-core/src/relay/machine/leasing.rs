@@ -65,6 +65,11 @@ impl Leasing {
             .collect()
     }
 
+    /// Whether this one is to be read.
+    pub(super) fn reads(&self, shard: Shard) -> bool {
+        self.owned.get(&shard).is_some_and(Owned::is_active)
+    }
+
     pub(super) fn all(&self) -> Vec<OwnedShard> {
         self.owned
             .iter()
