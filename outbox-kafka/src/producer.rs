@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outbox_core::{Error, ErrorKind, Reason, Result};
+use outbox_core::{Error, ErrorKind, Reason};
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::producer::{BaseProducer, Producer as _, PurgeConfig};
@@ -19,7 +19,7 @@ use crate::firsts::Firsts;
 use crate::refused::Refused;
 use crate::suspects::Suspects;
 use crate::topics;
-use crate::tracker::{Closing, Tracker};
+use crate::tracker::{Closing, Silence, Tracker};
 
 pub(crate) type Client = BaseProducer<Context>;
 
@@ -65,7 +65,7 @@ impl fmt::Debug for Producer {
 }
 
 impl Producer {
-    pub(crate) fn new(recipe: &Recipe) -> Result<Self> {
+    pub(crate) fn new(recipe: &Recipe) -> outbox_core::Result<Self> {
         let tracker = Tracker::new(recipe.refused.clone());
         Ok(Self {
             fast: start(recipe, Lane::Fast, &tracker)?,
@@ -82,7 +82,7 @@ impl Producer {
         }
     }
 
-    pub(crate) fn careful(&mut self) -> Result<Arc<Client>> {
+    pub(crate) fn careful(&mut self) -> outbox_core::Result<Arc<Client>> {
         if let Some(careful) = &self.careful {
             return Ok(careful.clone());
         }
@@ -91,7 +91,7 @@ impl Producer {
     }
 }
 
-fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> Result<Arc<Client>> {
+fn start(recipe: &Recipe, lane: Lane, tracker: &Arc<Tracker>) -> outbox_core::Result<Arc<Client>> {
     let mut config = recipe.config.clone();
     match lane {
         Lane::Fast => config.set(GAPLESS, "true"),
@@ -174,9 +174,12 @@ fn serve(client: Arc<Client>, lane: Lane, tracker: &Tracker, recipe: &Recipe) {
 }
 
 /// What closes the producer when the destination is out, or a topic holds everything up.
+///
+/// Messages that wait while others flow may belong to a topic that was deleted, to a partition without a leader, or to one
+/// with too few replicas in sync. librdkafka would wait with them, and with it the receipts of whole batches.
 struct Watch {
     asked: Instant,
-    /// The topics whose messages waited when it was last asked, each with its oldest one.
+    /// The topics that the brokers had nothing against when they were last asked, each with its oldest message that waited.
     waited: HashMap<Arc<str>, usize>,
 }
 
@@ -190,58 +193,65 @@ impl Watch {
 
     fn look(&mut self, client: &Client, tracker: &Tracker, recipe: &Recipe) {
         let silence = tracker.silent(recipe.silence, recipe.silence_after_error);
-        if let Some(silence) = silence {
-            let waiting = tracker.waiting_topics(recipe.silence);
-            // Nothing was acknowledged: all that waits is stuck.
-            if silence.explained || !close_if_blocked(client, tracker, &waiting, |_| true) {
-                tracing::warn!(reason = %silence.closing.reason, "kafka is out");
-                tracker.close(silence.closing);
-            }
-        } else if self.asked.elapsed() >= recipe.silence {
-            self.asked = Instant::now();
-            let waiting = tracker.waiting_topics(recipe.silence);
-            // One of which anything is acknowledged is only slow.
-            close_if_blocked(client, tracker, &waiting, |topic| {
-                self.waited.get(topic) == waiting.get(topic)
-            });
-            self.waited = waiting;
+        if let Some(silence) = &silence
+            && silence.explained
+        {
+            is_out(tracker, silence);
+            return;
         }
+        if self.asked.elapsed() < recipe.silence || tracker.is_closed() {
+            return;
+        }
+        let waiting = tracker.waiting_topics(recipe.silence);
+        if waiting.is_empty() {
+            return;
+        }
+        let topics: Vec<Arc<str>> = waiting.keys().cloned().collect();
+        let answers = topics::ask(client, &topics, ASK).topics;
+        self.asked = Instant::now();
+        let nobody_answers = answers.is_empty();
+        let blocked = self.judge(&waiting, answers);
+        if !blocked.is_empty() {
+            tracing::warn!(topics = ?blocked.keys(), "topics have become unwritable with messages under way");
+            tracker.close(Closing::blocked(blocked));
+        } else if let Some(silence) = &silence
+            && nobody_answers
+        {
+            is_out(tracker, silence);
+        }
+    }
+
+    /// The topics that hold things up, of those that wait, each with its oldest message.
+    fn judge(
+        &mut self,
+        waiting: &HashMap<Arc<str>, usize>,
+        answers: HashMap<Arc<str>, Result<usize, Reason>>,
+    ) -> HashMap<Arc<str>, Reason> {
+        let waited = std::mem::take(&mut self.waited);
+        let mut blocked = HashMap::new();
+        for (topic, answer) in answers {
+            let Some(oldest) = waiting.get(&topic) else {
+                continue;
+            };
+            if let Err(reason) = answer {
+                blocked.insert(topic, reason);
+            } else if waited.get(&topic) == Some(oldest) {
+                let reason = format!(
+                    "the brokers answer and acknowledge nothing; has it min.insync.replicas in sync? (topic {topic})"
+                );
+                blocked.insert(topic, reason.into());
+            } else {
+                // The broker may have come back just now. If it still waits when they are asked again, it is the topic.
+                self.waited.insert(topic, *oldest);
+            }
+        }
+        blocked
     }
 }
 
-/// Messages that wait while others flow may belong to a topic that was deleted, to a partition without a leader, or to one
-/// with too few replicas in sync. librdkafka would wait with them, and with it the receipts of whole batches. Whether that
-/// was so. `is_stuck` tells of a topic that the brokers have nothing against whether it is at a standstill all the same.
-fn close_if_blocked(
-    client: &Client,
-    tracker: &Tracker,
-    waiting: &HashMap<Arc<str>, usize>,
-    is_stuck: impl Fn(&Arc<str>) -> bool,
-) -> bool {
-    if waiting.is_empty() || tracker.is_closed() {
-        return false;
-    }
-    let topics: Vec<Arc<str>> = waiting.keys().cloned().collect();
-    let blocked: HashMap<_, _> = topics::ask(client, &topics, ASK)
-        .topics
-        .into_iter()
-        .filter_map(|(topic, answer)| {
-            let reason = match answer {
-                Err(reason) => reason,
-                Ok(_) if is_stuck(&topic) => Reason::from(format!(
-                    "the brokers answer and acknowledge nothing; has it min.insync.replicas in sync? (topic {topic})"
-                )),
-                Ok(_) => return None,
-            };
-            Some((topic, reason))
-        })
-        .collect();
-    if blocked.is_empty() {
-        return false;
-    }
-    tracing::warn!(topics = ?blocked.keys(), "topics have become unwritable with messages under way");
-    tracker.close(Closing::blocked(blocked));
-    true
+fn is_out(tracker: &Tracker, silence: &Silence) {
+    tracing::warn!(reason = %silence.closing.reason, "kafka is out");
+    tracker.close(silence.closing.clone());
 }
 
 /// Drops what the client has.
@@ -262,5 +272,37 @@ fn serve_until_empty(client: &Client, limit: Duration, before: impl Fn()) {
     while client.in_flight_count() > 0 && Instant::now() < end {
         before();
         client.poll(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(topics: &[(&str, usize)]) -> HashMap<Arc<str>, usize> {
+        topics
+            .iter()
+            .map(|(topic, oldest)| ((*topic).into(), *oldest))
+            .collect()
+    }
+
+    #[test]
+    fn a_topic_that_the_brokers_have_nothing_against_is_blocked_when_it_waits_on_after_their_answer() {
+        let mut watch = Watch::new();
+        let well = || HashMap::from([("stuck".into(), Ok(1)), ("slow".into(), Ok(1))]);
+        let blocked = watch.judge(&waiting(&[("stuck", 1), ("slow", 2)]), well());
+        assert!(blocked.is_empty(), "{blocked:?}");
+        let blocked = watch.judge(&waiting(&[("stuck", 1), ("slow", 3)]), well());
+        assert_eq!(blocked.into_keys().collect::<Vec<_>>(), ["stuck".into()]);
+        // Nobody has answered in between: it starts anew.
+        assert!(watch.judge(&waiting(&[("slow", 3)]), HashMap::new()).is_empty());
+        assert!(watch.judge(&waiting(&[("slow", 3)]), well()).is_empty());
+    }
+
+    #[test]
+    fn a_topic_that_the_brokers_refuse_is_blocked_at_once() {
+        let answers = HashMap::from([("gone".into(), Err("unknown".into())), ("well".into(), Ok(1))]);
+        let blocked = Watch::new().judge(&waiting(&[("gone", 1), ("well", 2)]), answers);
+        assert_eq!(blocked, HashMap::from([("gone".into(), "unknown".into())]));
     }
 }
