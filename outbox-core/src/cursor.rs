@@ -23,6 +23,7 @@
 mod pending;
 mod plan;
 mod scans;
+mod stride;
 mod transactions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,7 @@ pub use self::pending::{Found, Look, Pending};
 pub(crate) use self::plan::within;
 pub use self::plan::{Conclusion, Intake, LanePlan, Place, Plan, Reach, ShardPlan, Span};
 use self::scans::Scans;
+use self::stride::Stride;
 pub use self::transactions::{Snapshot, Told, Transactions, Xid};
 use crate::fetch::{FetchMode, FetchRequest, Held, RereadScope};
 use crate::message::OrderKey;
@@ -106,6 +108,10 @@ pub struct Cursor {
     crowded_out: bool,
     /// How many rows the last batches had room for, when their bytes were the limit.
     rows: usize,
+    /// How many rows the scans of a fetch may go past.
+    stride: Stride,
+    /// When the fetch began that is out.
+    asked: Instant,
     sweep: Sweep,
 }
 
@@ -170,6 +176,8 @@ impl Cursor {
             turn: None,
             crowded_out: false,
             rows: usize::MAX,
+            stride: Stride::new(),
+            asked: now(),
             sweep: Sweep {
                 interval: sweep_interval,
                 due: now().checked_add(sweep_interval),
@@ -191,6 +199,21 @@ impl Cursor {
             joint: Some(Joint::default()),
             ..Self::new(mode, sweep_interval)
         }
+    }
+
+    /// With a [stride](Plan::stride) of so many rows, for the scans of a fetch together, however long they take. Without it
+    /// it is as long as a server manages in a moment.
+    ///
+    /// ```
+    /// # use outbox_core::{FetchMode, FetchRequest, cursor::{Cursor, Reach}};
+    /// let cursor = Cursor::joint(FetchMode::Cursor, std::time::Duration::from_secs(60));
+    /// let plan = cursor.striding(500_000).plan(&FetchRequest::default(), Reach::nowhere());
+    /// assert_eq!(plan.stride, 500_000);
+    /// ```
+    #[must_use]
+    pub const fn striding(mut self, rows: usize) -> Self {
+        self.stride = Stride::fixed(rows);
+        self
     }
 
     fn progress(&self, shard: Shard) -> Option<&Progress> {
@@ -220,6 +243,7 @@ impl Cursor {
     /// ```
     pub fn plan(&mut self, request: &FetchRequest, reach: Reach) -> Plan {
         self.fetches += 1;
+        self.asked = now();
         let gained = self.follow_leases(request);
         if gained || !Arc::ptr_eq(&self.held, &request.held) {
             self.follow_holds(request);
@@ -251,6 +275,7 @@ impl Cursor {
             pending: reach.pending,
             known: if from_start { Vec::new() } else { reach.known },
             singles,
+            stride: self.plan_stride(lanes.len() + shards.len(), rows),
             lanes,
             shards,
             max_rows,
@@ -454,6 +479,14 @@ impl Cursor {
             .collect()
     }
 
+    /// What each scan may go past. Never less than it may return.
+    fn plan_stride(&self, scans: usize, rows: usize) -> usize {
+        if self.rescans {
+            return usize::MAX;
+        }
+        self.stride.each(scans).max(rows)
+    }
+
     fn plan_lanes(&self, active: Vec<OrderKey>, rows: usize) -> Vec<LanePlan> {
         let most = if self.crowded_out {
             0
@@ -527,6 +560,7 @@ impl Cursor {
             self.scans.note(self.fetches, begin, newest);
         }
 
+        self.adapt_stride(plan, intake, low);
         self.move_shards(plan, intake, low);
         self.move_lanes(plan, intake, low);
         self.move_singles(plan, intake);
@@ -573,6 +607,23 @@ impl Cursor {
         }
     }
 
+    fn adapt_stride(&mut self, plan: &Plan, intake: &Intake, low: i64) {
+        // A sweep begins below by its nature.
+        if plan.sweeps {
+            return;
+        }
+        let lanes = plan.lanes.iter().map(|asked| (asked.after, asked.quota));
+        let shards = plan.shards.iter().map(|asked| (asked.after, asked.quota));
+        let stopped = std::iter::zip(lanes, &intake.lanes)
+            .chain(std::iter::zip(shards, &intake.shards))
+            .filter(|((_, quota), taken)| taken.stopped.is_some() && taken.rows < *quota)
+            .map(|((after, _), _)| after)
+            .max();
+        let took = now().saturating_duration_since(self.asked);
+        self.stride
+            .adapt(took, stopped.is_some(), stopped.is_some_and(|after| low < after));
+    }
+
     fn move_shards(&mut self, plan: &Plan, intake: &Intake, low: i64) {
         for (index, asked) in plan.shards.iter().enumerate() {
             let (Some(progress), Some(taken)) = (self.shards.get_mut(&asked.shard), intake.shards.get(index))
@@ -582,7 +633,7 @@ impl Cursor {
             let reached = intake.cut.is_none_or(|cut| index < cut);
             let base = asked.after.min(low);
             progress.position = if reached && taken.rows < asked.quota {
-                END
+                taken.stopped.map_or(END, |stopped| plan.reached(stopped, base))
             } else if taken.rows > 0 {
                 plan.reached(taken.last, base)
             } else {
@@ -616,6 +667,10 @@ impl Cursor {
             };
             let reached = intake.cut_apart.is_none_or(|cut| Place::Lane(index) < cut);
             if reached && taken.rows < asked.quota {
+                if let Some(stopped) = taken.stopped.filter(|stopped| *stopped < asked.upto) {
+                    lane.position = plan.reached(stopped, asked.after.min(low));
+                    continue;
+                }
                 self.lanes.remove(&asked.key);
                 // The main scan has left the key out once more, from there on.
                 if let Some(progress) = self.progress_mut(asked.shard) {

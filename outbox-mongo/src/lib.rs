@@ -10,6 +10,9 @@ mod inspect;
 mod operate;
 mod reader;
 #[cfg(test)]
+#[path = "../../tests/reading/mod.rs"]
+mod reading;
+#[cfg(test)]
 mod real_commands;
 #[cfg(test)]
 mod real_plans;

@@ -9,7 +9,12 @@ mod inspect;
 mod operate;
 mod reader;
 #[cfg(test)]
+#[path = "../../tests/reading/mod.rs"]
+mod reading;
+#[cfg(test)]
 mod real_plans;
+#[cfg(test)]
+mod real_reader;
 mod row;
 mod schema;
 mod session;

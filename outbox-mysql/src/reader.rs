@@ -36,6 +36,13 @@ pub(crate) struct MysqlReader {
 }
 
 impl MysqlReader {
+    /// Scans stop after so many rows.
+    #[cfg(test)]
+    pub(crate) fn striding(mut self, rows: usize) -> Self {
+        self.cursor = self.cursor.striding(rows);
+        self
+    }
+
     pub(crate) async fn connect(config: &Arc<MysqlConfig>, sql: &Arc<Sql>) -> Result<Self> {
         let opening = Opening::new(config)?;
         let mut connection = opening.connect(DURING).await?;
@@ -56,13 +63,19 @@ impl MysqlReader {
         let plan = self.cursor.plan(request, self.pending.reach(&request.in_flight));
         self.barred.follow(&request.held);
         let low = self.pending.low();
-        let asking = Asking {
+        let mut asking = Asking {
             plan: &plan,
             low: if plan.from_start { i64::MIN } else { low },
+            floor: i64::MIN,
             owned: &request.shards,
             few: request.shards.len() * FEW <= usize::from(self.config.shards),
             barred: &self.barred,
         };
+        if asking.begins_anew() {
+            let answers = run(&mut self.connection, self.sql.lowest(), DURING).await?;
+            let lowest = optional_number(answers.row(0).during(DURING)?, 0).during(DURING)?;
+            asking.floor = lowest.map_or(i64::MIN, |lowest| lowest.saturating_sub(1));
+        }
         let (records, intake) = batch(&mut self.connection, &plan, self.sql.fetch(&asking)).await?;
         let conclusion = self.cursor.conclude(&plan, &intake, low);
         let spans = self.cursor.passed(&plan, low);
@@ -122,7 +135,16 @@ async fn batch(
             0 => return Err(read_only(DURING)),
             1 => Place::Single,
             2 => Place::Lane(index),
-            _ => Place::Shard(index),
+            3 => Place::Shard(index),
+            part => {
+                let place = if part == 4 {
+                    Place::Shard(index)
+                } else {
+                    Place::Lane(index)
+                };
+                intake.stopped(place, number(&row, 3).during(DURING)?.saturating_sub(1));
+                continue;
+            }
         };
         let record = rows.record(&row, 2).during(DURING)?;
         if intake.offer(plan, place, record.position.0, record.message.size()) {

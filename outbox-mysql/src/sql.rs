@@ -792,16 +792,40 @@ pub(crate) struct Asking<'a> {
     pub(crate) plan: &'a Plan,
     /// Above it everything is read, whatever the positions are.
     pub(crate) low: i64,
+    /// Nothing is stored below, as far as is known.
+    pub(crate) floor: i64,
     pub(crate) owned: &'a [OwnedShard],
     /// Whether each shard is read by itself.
     pub(crate) few: bool,
     pub(crate) barred: &'a Barred,
 }
 
+impl Asking<'_> {
+    /// Whether a scan begins before everything.
+    pub(crate) fn begins_anew(&self) -> bool {
+        let lanes = self.plan.lanes.iter().map(|lane| lane.after);
+        let mut scans = lanes.chain(self.plan.shards.iter().map(|asked| asked.after));
+        self.plan.stride < usize::MAX && scans.any(|after| after.min(self.low) == i64::MIN)
+    }
+
+    /// Up to where a scan goes that begins above a position, if not to the end. It has counted rows of all shards by then,
+    /// those of others and those that are gone included: what it costs is bounded, and no more is needed.
+    fn end(&self, base: i64) -> Option<i64> {
+        let stride = i64::try_from(self.plan.stride).unwrap_or(i64::MAX);
+        (self.plan.stride < usize::MAX).then(|| base.max(self.floor).saturating_add(stride))
+    }
+}
+
 /// Reading.
 impl Sql {
+    /// The lowest position that there is.
+    pub(crate) fn lowest(&self) -> String {
+        format!("SELECT MIN(id) FROM {}", self.outbox)
+    }
+
     /// What a plan asks for, in the order of its parts: the part, its index, and the row. One statement, that is one
-    /// snapshot. The first part is the server's: whether it takes no writes.
+    /// snapshot. The first part is the server's: whether it takes no writes. The last ones tell where scans ended though
+    /// there is more: 4 is of shards and 5 of lanes, and the row is the first behind.
     ///
     /// Who owns most shards goes through the table in its order; who owns few, through these alone.
     pub(crate) fn fetch(&self, asking: &Asking<'_>) -> String {
@@ -811,7 +835,20 @@ impl Sql {
             owned,
             few,
             barred,
+            ..
         } = *asking;
+        let upto = |end: Option<i64>| end.map_or_else(String::new, |end| format!(" AND o.id <= {end}"));
+        let mut ends = Vec::new();
+        let mut behind = |part: u8, index: usize, end: Option<i64>| {
+            ends.extend(end.map(|end| {
+                format!(
+                    "(SELECT {part}, {index}, o.shard, o.id{} FROM {} o FORCE INDEX (PRIMARY) WHERE o.id > {end} \
+                     ORDER BY o.id LIMIT 1)",
+                    ", NULL".repeat(READ),
+                    self.outbox
+                )
+            }));
+        };
         let select = |place: &str, index: &str, condition: &str, limit: usize| {
             format!(
                 "(SELECT {place}, o.shard, o.id, {} FROM {} o FORCE INDEX ({index}) WHERE {condition} \
@@ -829,12 +866,14 @@ impl Sql {
             parts.push(select("1, 0", "PRIMARY", &condition, plan.singles.len()));
         }
         for (index, lane) in plan.lanes.iter().enumerate() {
-            let appear = appear(&plan.pending, lane.after.min(low));
+            let after = lane.after.min(low);
+            let appear = appear(&plan.pending, after);
+            let end = asking.end(after).filter(|end| *end < lane.upto);
+            behind(5, index, end);
             let condition = format!(
-                "o.shard = {} AND (o.id > {} OR {appear}) AND o.id <= {} AND {} AND {skip}",
+                "o.shard = {} AND (o.id > {after} OR {appear}) AND o.id <= {} AND {} AND {skip}",
                 lane.shard,
-                lane.after.min(low),
-                lane.upto,
+                end.unwrap_or(lane.upto),
                 of_key(&lane.key)
             );
             parts.push(select(&format!("2, {index}"), &by_shard, &condition, lane.quota));
@@ -856,19 +895,27 @@ impl Sql {
             if plan.pending.first().is_some_and(|(first, _)| *first <= after) {
                 part("PRIMARY", &format!("{} AND {own}", appear(&plan.pending, after)));
             }
+            let end = asking.end(after);
+            let upto = upto(end);
             if few {
                 for owned in owned {
                     let shard = owned.shard;
-                    part(&by_shard, &format!("o.shard = {shard} AND o.id > {after}{known}"));
+                    part(
+                        &by_shard,
+                        &format!("o.shard = {shard} AND o.id > {after}{upto}{known}"),
+                    );
                 }
             } else {
-                part("PRIMARY", &format!("o.id > {after}{known} AND {own}"));
+                part("PRIMARY", &format!("o.id > {after}{upto}{known} AND {own}"));
             }
+            behind(4, 0, end);
         }
+        let most = ends.len();
+        parts.extend(ends);
         let all = parts.join(" UNION ALL ");
         if few {
             let apart = plan.singles.len() + plan.lanes.iter().map(|lane| lane.quota).sum::<usize>();
-            let most = 1 + apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
+            let most = 1 + most + apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
             format!("{all} ORDER BY 1, 2, 4 LIMIT {most}")
         } else {
             all

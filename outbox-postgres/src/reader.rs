@@ -18,6 +18,11 @@ use crate::sql::{Sql, safe};
 
 const DURING: &str = "fetch";
 
+/// What a row's last column says: it is a message, and the scan goes on.
+const GIVEN: i32 = 0;
+/// It is none that is wanted, but where the scan ended.
+const PASSED: i32 = 2;
+
 /// A reader with a connection of its own, which is thrown away with it.
 pub(crate) struct PostgresReader {
     connection: PgConnection,
@@ -35,6 +40,13 @@ pub(crate) struct PostgresReader {
 }
 
 impl PostgresReader {
+    /// Scans stop after so many rows.
+    #[cfg(test)]
+    pub(crate) fn striding(mut self, rows: usize) -> Self {
+        self.cursor = self.cursor.striding(rows);
+        self
+    }
+
     pub(crate) async fn connect(config: &Arc<PostgresConfig>, sql: &Arc<Sql>) -> Result<Self> {
         let opening = Opening::new(config, Settings::reading(config));
         Ok(Self {
@@ -109,9 +121,15 @@ impl PostgresReader {
                 2 => Place::Lane(index),
                 _ => Place::Shard(index),
             };
-            let record = rows.record(&row, 2).during(DURING)?;
-            if intake.offer(plan, place, record.position.0, record.message.size()) {
-                records.push(record);
+            let passing: i32 = row.try_get(12).during(DURING)?;
+            if passing != PASSED {
+                let record = rows.record(&row, 2).during(DURING)?;
+                if intake.offer(plan, place, record.position.0, record.message.size()) {
+                    records.push(record);
+                }
+            }
+            if passing != GIVEN {
+                intake.stopped(place, number(&row, 3).during(DURING)?);
             }
         }
         drop(stream);
@@ -323,5 +341,6 @@ impl<'p> Binding<'p> {
                     .map(|asked| limit(asked.quota))
                     .collect::<Vec<_>>(),
             )
+            .bind(limit(plan.stride))
     }
 }

@@ -17,6 +17,7 @@ use crate::sql::{Sql, Statement, safe};
 
 const SMALL: i64 = 2_000;
 const LARGE: i64 = 200_000;
+const STRIDE: i64 = 1_000;
 
 /// An outbox of its own.
 struct Place {
@@ -148,13 +149,21 @@ impl Carried {
 
 /// The arguments of a fetch that asks these shards, from a position, for so many rows each.
 fn asking(below: i64, shards: i64, after: i64, quota: i64) -> String {
+    asking_beside(&[], below, shards, after, quota)
+}
+
+/// The same while these topics are held.
+fn asking_beside(topics: &[&str], below: i64, shards: i64, after: i64, quota: i64) -> String {
     let list = |value: &dyn Fn(i64) -> i64| {
         let values: Vec<String> = (0..shards).map(|shard| value(shard).to_string()).collect();
         format!("'{{{}}}'", values.join(","))
     };
-    let nothing = ["'{}'"; 14].join(", ");
+    let nothing = |lists: usize| vec!["'{}'"; lists].join(", ");
     format!(
-        "{below}, {nothing}, {}, {}, {}",
+        "{below}, {}, '{{{}}}', {}, {}, {}, {}, {STRIDE}",
+        nothing(5),
+        topics.join(","),
+        nothing(8),
         list(&|shard| shard),
         list(&|_| after),
         list(&|_| quota)
@@ -209,6 +218,29 @@ async fn fetch_costs_what_it_returns() {
             assert_eq!(idle.rows, 1);
             assert!(idle.buffers <= 64 * 6, "{}", idle.text);
         }
+    }
+    place.gone().await;
+}
+
+/// Where a topic is blocked for long, millions of rows are passed over. A statement that did so at once would take longer
+/// than it may, and so would each after it.
+#[tokio::test]
+async fn fetch_passes_no_more_than_a_stride() {
+    let mut place = Place::new().await;
+    place.fill(LARGE).await;
+    let mut reader = place
+        .prepared(Settings::reading(&place.config), &place.sql.fetch)
+        .await;
+    for _ in 0..7 {
+        let passed = explain(&mut reader, &asking_beside(&["t"], i64::MIN, 1, i64::MIN, 500)).await;
+        passed.is_by_key();
+        assert_eq!(
+            passed.rows, 2,
+            "the server's, and where the scan stopped: {}",
+            passed.text
+        );
+        // The shard has more, and each row may be on a page of its own.
+        assert!(passed.buffers <= STRIDE + 100, "{}", passed.text);
     }
     place.gone().await;
 }

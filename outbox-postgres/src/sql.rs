@@ -613,8 +613,40 @@ impl Sql {
 /// The first row tells the state of the server; then come single messages, keys that are read apart, and at last the
 /// shards, each in the order of positions. Lists are arrays, so that there is one statement whatever their lengths,
 /// and `NOT IN (SELECT unnest(…))` rather than `<> ALL (…)`, because only that is looked up in a hash table.
+///
+/// The scans go past `$19` rows at most, which are counted as they come. The last column is 0, or tells of the row with that
+/// number: 1 that it is wanted, too, and 2 that it is there for its position alone.
 fn fetch(outbox: &str, sequence: &str) -> String {
     let skip = "o.id NOT IN (SELECT i FROM skip)";
+    let given = READ
+        .replace("o.payload", "CASE WHEN o.wanted THEN o.payload END")
+        .replace("o.headers", "(CASE WHEN o.wanted THEN o.headers END)");
+    let scan = |place: u8, asked: &str, range: &str, wanted: &str| {
+        format!(
+            "SELECT {place}, u.n, o.shard, o.id, {given}, CASE WHEN o.nth < $19 THEN 0 WHEN o.wanted THEN 1 ELSE 2 END \
+             FROM server CROSS JOIN unnest({asked}, n) CROSS JOIN LATERAL \
+                 (SELECT * FROM (SELECT o.*, row_number() OVER (ORDER BY o.id) AS nth, {wanted} AS wanted FROM \
+                     (SELECT * FROM {outbox} o WHERE o.shard = u.shard AND o.id > least(u.after, server.low) {range} \
+                      ORDER BY o.id LIMIT $19) o) o \
+                  WHERE o.wanted OR o.nth = $19 ORDER BY o.id LIMIT u.quota) o"
+        )
+    };
+    let lanes = scan(
+        2,
+        "$10::smallint[], $11::text[], $12::bytea[], $13::bigint[], $14::bigint[], $15::bigint[]) \
+         WITH ORDINALITY u(shard, topic, key, after, upto, quota",
+        "AND o.id <= u.upto",
+        &format!("(o.topic = u.topic AND o.key IS NOT DISTINCT FROM u.key AND {skip})"),
+    );
+    let shards = scan(
+        3,
+        "$16::smallint[], $17::bigint[], $18::bigint[]) WITH ORDINALITY u(shard, after, quota",
+        "",
+        &format!(
+            "({skip} AND o.topic NOT IN (SELECT unnest($7::text[])) \
+              AND (o.key IS NULL OR (o.topic, o.key) NOT IN (SELECT * FROM unnest($8::text[], $9::bytea[]))))"
+        ),
+    );
     let none = "NULL::uuid, NULL::text, NULL::bytea, NULL::bytea";
     format!(
         // The sequence is read before the next transaction number is: who gets a later number draws later positions.
@@ -629,23 +661,11 @@ fn fetch(outbox: &str, sequence: &str) -> String {
              pg_postmaster_start_time()::text AS started FROM seen WHERE last IS NOT NULL), \
          skip AS MATERIALIZED (SELECT unnest($4::bigint[]) AS i) \
          SELECT 0::int, 0::bigint, 0::smallint, last, {none}, \
-             concat_ws('|', snapshot, low, ahead, reads_only, standby), started, NULL::timestamptz, NULL::bigint FROM server \
+             concat_ws('|', snapshot, low, ahead, reads_only, standby), started, NULL::timestamptz, NULL::bigint, 0 FROM server \
          UNION ALL \
-         SELECT 1, 0, o.* FROM unnest($5::smallint[], $6::bigint[]) u(shard, id) CROSS JOIN LATERAL \
+         SELECT 1, 0, o.*, 0 FROM unnest($5::smallint[], $6::bigint[]) u(shard, id) CROSS JOIN LATERAL \
              (SELECT o.shard, o.id, {READ} FROM {outbox} o WHERE o.shard = u.shard AND o.id = u.id \
                  AND o.topic NOT IN (SELECT unnest($7::text[])) OFFSET 0) o \
-         UNION ALL \
-         SELECT 2, u.n, o.* FROM server CROSS JOIN \
-             unnest($10::smallint[], $11::text[], $12::bytea[], $13::bigint[], $14::bigint[], $15::bigint[]) \
-             WITH ORDINALITY u(shard, topic, key, after, upto, quota, n) CROSS JOIN LATERAL \
-             (SELECT o.shard, o.id, {READ} FROM {outbox} o WHERE o.shard = u.shard AND o.id > least(u.after, server.low) \
-                 AND o.id <= u.upto AND o.topic = u.topic AND o.key = u.key AND {skip} ORDER BY o.id LIMIT u.quota) o \
-         UNION ALL \
-         SELECT 3, u.n, o.* FROM server CROSS JOIN \
-             unnest($16::smallint[], $17::bigint[], $18::bigint[]) WITH ORDINALITY u(shard, after, quota, n) CROSS JOIN LATERAL \
-             (SELECT o.shard, o.id, {READ} FROM {outbox} o WHERE o.shard = u.shard AND o.id > least(u.after, server.low) \
-                 AND {skip} AND o.topic NOT IN (SELECT unnest($7::text[])) \
-                 AND (o.key IS NULL OR (o.topic, o.key) NOT IN (SELECT * FROM unnest($8::text[], $9::bytea[]))) \
-                 ORDER BY o.id LIMIT u.quota) o"
+         UNION ALL {lanes} UNION ALL {shards}"
     )
 }

@@ -74,6 +74,10 @@ pub struct Plan {
     pub lanes: Vec<LanePlan>,
     /// The shards; of a joint cursor one, which stands for all that were asked for.
     pub shards: Vec<ShardPlan>,
+    /// The scan of a lane or a shard may [stop](Intake::stopped) when it has gone past so many rows, returned or held.
+    /// Otherwise who begins anew where millions of rows are held would wait until all are passed over, or for ever where a
+    /// statement may not take so long.
+    pub stride: usize,
     pub(super) max_rows: usize,
     pub(super) max_bytes: usize,
     /// Whether this fetch is a check of the cursor.
@@ -246,6 +250,8 @@ pub struct Intake {
 pub(super) struct Taken {
     pub(super) rows: usize,
     pub(super) last: i64,
+    /// Up to here the scan went, and no farther.
+    pub(super) stopped: Option<i64>,
 }
 
 impl Intake {
@@ -323,20 +329,48 @@ impl Intake {
         {
             self.swept.push((index, position));
         }
-        let taken = match place {
+        match place {
             Place::Single => {
                 self.singles.insert(position);
-                None
             }
-            Place::Lane(index) => self.lanes.get_mut(index),
-            Place::Shard(index) => self.shards.get_mut(index),
-        };
-        if let Some(taken) = taken {
-            taken.rows += 1;
-            taken.last = position;
+            place => {
+                if let Some(taken) = self.scan(place) {
+                    taken.rows += 1;
+                    taken.last = position;
+                }
+            }
         }
         self.rows += 1;
         self.bytes = total;
         true
+    }
+
+    /// The scan of a lane or a shard ended at a position, though there may be more behind it: of what lies above, nothing
+    /// was looked at. Told after its rows.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use outbox_core::{Epoch, FetchMode, FetchRequest, OwnedShard, Shard, cursor::{Cursor, Intake, Place, Reach}};
+    /// # let mut cursor = Cursor::new(FetchMode::Cursor, Duration::from_secs(60));
+    /// # let shards = vec![OwnedShard { shard: Shard(0), epoch: Epoch(1) }];
+    /// # let request = FetchRequest { shards, max_rows: 100, ..FetchRequest::default() };
+    /// let plan = cursor.plan(&request, Reach::above(i64::MIN));
+    /// let mut intake = Intake::new(&plan);
+    /// // The server went past `plan.stride` rows, all of them held, and the last one was 300,000.
+    /// intake.stopped(Place::Shard(0), 300_000);
+    /// assert!(cursor.conclude(&plan, &intake, i64::MIN).more);
+    /// ```
+    pub fn stopped(&mut self, place: Place, position: i64) {
+        if let Some(taken) = self.scan(place) {
+            taken.stopped = Some(position);
+        }
+    }
+
+    fn scan(&mut self, place: Place) -> Option<&mut Taken> {
+        match place {
+            Place::Single => None,
+            Place::Lane(index) => self.lanes.get_mut(index),
+            Place::Shard(index) => self.shards.get_mut(index),
+        }
     }
 }

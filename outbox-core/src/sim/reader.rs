@@ -23,6 +23,12 @@ pub(super) struct ServerReader {
     restarts: u64,
 }
 
+/// Where scans stopped.
+type Stops = Vec<(Place, i64)>;
+
+/// So few that scans stop now and then.
+const STRIDE: usize = 30;
+
 /// How it knows what can have appeared below.
 #[derive(Debug)]
 enum Knowledge {
@@ -38,11 +44,11 @@ impl ServerReader {
         let (cursor, knowledge) = match server.visibility {
             Visibility::Rescan => return None,
             Visibility::Snapshots => (
-                Cursor::new(FetchMode::Cursor, SWEEP),
+                Cursor::new(FetchMode::Cursor, SWEEP).striding(STRIDE),
                 Knowledge::Snapshots(Transactions::new()),
             ),
             Visibility::DirtyReads => (
-                Cursor::joint(FetchMode::Cursor, SWEEP),
+                Cursor::joint(FetchMode::Cursor, SWEEP).striding(STRIDE),
                 Knowledge::DirtyReads(Pending::new(LAG)),
             ),
             Visibility::OneWriter => (
@@ -92,10 +98,14 @@ impl Reader for ServerReader {
         if let (Knowledge::OneWriter(highest), Some(last)) = (&mut self.knowledge, visible.last()) {
             *highest = last.position.0.max(*highest);
         }
-        for (place, record) in asking.answer(&visible) {
+        let (answer, stops) = asking.answer(&visible);
+        for (place, record) in answer {
             if intake.offer(&plan, place, record.position.0, record.message.size()) {
                 records.push(record);
             }
+        }
+        for (place, position) in stops {
+            intake.stopped(place, position);
         }
         let conclusion = self.cursor.conclude(&plan, &intake, low);
         if conclusion.surplus > 0 {
@@ -156,8 +166,8 @@ impl Asking<'_> {
             .is_some_and(|key| lanes.iter().any(|lane| lane.key == *key))
     }
 
-    /// Of what is visible, in order of position, what is asked for, in the order of places.
-    fn answer(&self, visible: &[Record]) -> Vec<(Place, Record)> {
+    /// Of what is visible, in order of position, what is asked for, in the order of places; and where scans stopped.
+    fn answer(&self, visible: &[Record]) -> (Vec<(Place, Record)>, Stops) {
         let Self { plan, low, .. } = self;
         let rows: Vec<(i64, Stored, &Record)> = visible
             .iter()
@@ -172,40 +182,56 @@ impl Asking<'_> {
                 .filter(|(position, row, _)| position == single && wanted(row));
             answer.extend(found.map(|(_, _, record)| (Place::Single, (*record).clone())));
         }
+        let mut stops = Vec::new();
+        // Of what a scan comes across, a stride at most.
+        let mut scan = |place: Place,
+                        quota: usize,
+                        comes: &dyn Fn(i64, &Stored) -> bool,
+                        wanted: &dyn Fn(&Stored) -> bool| {
+            let mut there = rows
+                .iter()
+                .filter(|(position, row, _)| comes(*position, row))
+                .take(plan.stride);
+            let mut gone_past = 0;
+            let mut given = 0;
+            while given < quota
+                && let Some((position, row, record)) = there.next()
+            {
+                gone_past += 1;
+                if !skip.contains(position) && wanted(row) {
+                    answer.push((place, (*record).clone()));
+                    given += 1;
+                }
+                if gone_past == plan.stride {
+                    stops.push((place, *position));
+                }
+            }
+        };
         for (index, lane) in plan.lanes.iter().enumerate() {
-            let found = rows.iter().filter(|(position, row, _)| {
+            let comes = |position: i64, row: &Stored| {
                 row.shard == lane.shard
-                    && row.key.as_ref() == Some(&lane.key)
-                    && (*position > lane.after.min(*low) || plan.awaits(*position))
-                    && *position <= lane.upto
-                    && !skip.contains(position)
+                    && (position > lane.after.min(*low) || plan.awaits(position))
+                    && position <= lane.upto
+            };
+            scan(Place::Lane(index), lane.quota, &comes, &|row| {
+                row.key.as_ref() == Some(&lane.key)
             });
-            answer.extend(
-                found
-                    .take(lane.quota)
-                    .map(|(_, _, record)| (Place::Lane(index), (*record).clone())),
-            );
         }
         for (index, asked) in plan.shards.iter().enumerate() {
-            let found = rows.iter().filter(|(position, row, _)| {
+            let comes = |position: i64, row: &Stored| {
                 (if self.joint {
                     self.owns(row)
                 } else {
                     row.shard == asked.shard
-                }) && (*position > asked.after
-                    || (*position > *low && !within(&plan.known, *position))
-                    || plan.awaits(*position))
-                    && !skip.contains(position)
-                    && !self.is_held(row)
-                    && !self.is_in_lane(row)
+                }) && (position > asked.after
+                    || (position > *low && !within(&plan.known, position))
+                    || plan.awaits(position))
+            };
+            scan(Place::Shard(index), asked.quota, &comes, &|row| {
+                !self.is_held(row) && !self.is_in_lane(row)
             });
-            answer.extend(
-                found
-                    .take(asked.quota)
-                    .map(|(_, _, record)| (Place::Shard(index), (*record).clone())),
-            );
         }
-        answer
+        (answer, stops)
     }
 
     /// A look at what is stored, committed or not.

@@ -81,6 +81,10 @@ enum Variant {
     LaneFromHead,
     /// A lane that is at its end leaves the main scan where it is, which has left the key out.
     NoRewind,
+    /// A scan that stops says nothing of it.
+    StopsInSilence,
+    /// A scan that stops tells of the row behind.
+    StopsTooFar,
 }
 
 struct World {
@@ -100,6 +104,7 @@ struct World {
     budget: usize,
     max_rows: usize,
     max_bytes: usize,
+    stride: usize,
     /// Whether the relay and the sink fail.
     rough: bool,
     /// Whether producers lock their keys.
@@ -120,6 +125,9 @@ struct World {
 }
 
 type Outcome<T = ()> = Result<T, String>;
+
+/// Where scans stopped.
+type Stops = Vec<(Place, i64)>;
 
 impl World {
     fn new(seed: u64, kind: Kind, variant: Variant, messages: usize) -> Self {
@@ -169,6 +177,7 @@ impl World {
             max_bytes: *random
                 .choice(&[1, 6, 12, usize::MAX, usize::MAX, usize::MAX])
                 .unwrap(),
+            stride: usize::MAX,
             rough: random.u8(..5) > 0,
             serial,
             settlements: Vec::new(),
@@ -184,6 +193,8 @@ impl World {
         for shard in 0..shards {
             world.relay.gain(Shard(shard), 1);
         }
+        world.stride = *world.random.choice(&[1, 2, 6, 30, usize::MAX]).unwrap();
+        world.cursor = world.cursor.striding(world.stride);
         world
     }
 
@@ -451,9 +462,19 @@ impl World {
 
         let mut intake = Intake::new(&plan);
         let mut taken: Vec<Row> = Vec::new();
-        for (place, row) in self.answer(&plan, &request, &snapshot) {
+        let (answer, stops) = self.answer(&plan, &request, &snapshot);
+        for (place, row) in answer {
             if intake.offer(&plan, place, row.position, row.draft.bytes) {
                 taken.push(row);
+            }
+        }
+        for (place, position) in stops {
+            self.reach(match place {
+                Place::Shard(_) => "stopped",
+                _ => "lane stopped",
+            });
+            if self.variant != Variant::StopsInSilence {
+                intake.stopped(place, position);
             }
         }
         self.note(|| {
@@ -529,8 +550,8 @@ impl World {
         self.cursor.plan(&told, reach)
     }
 
-    /// Answers a plan as the statement does.
-    fn answer(&self, plan: &Plan, request: &FetchRequest, snapshot: &Snapshot) -> Vec<(Place, Row)> {
+    /// Answers a plan as the statement does: the rows, and where scans stopped.
+    fn answer(&self, plan: &Plan, request: &FetchRequest, snapshot: &Snapshot) -> (Vec<(Place, Row)>, Stops) {
         let low = match &self.knowledge {
             _ if plan.from_start => START,
             Knowledge::Pending(pending) => pending.low(),
@@ -559,7 +580,25 @@ impl World {
         let topics: BTreeSet<usize> = (0..self.relay.topic_names.len())
             .filter(|topic| request.held.topics.contains(&self.relay.topic_names[*topic]))
             .collect();
-        let mut answer = Vec::new();
+        let (mut answer, mut stops) = (Vec::new(), Vec::new());
+        // The rows that a scan comes across, and those of them that it is for.
+        let mut scan = |place: Place, quota: usize, all: Vec<&Row>, wanted: &dyn Fn(&Row) -> bool| {
+            let there = all.len().min(plan.stride);
+            let of_place: Vec<_> = all[..there]
+                .iter()
+                .filter(|row| wanted(row))
+                .take(quota)
+                .map(|row| (place, **row))
+                .collect();
+            let behind = usize::from(self.variant == Variant::StopsTooFar);
+            if there == plan.stride
+                && of_place.len() < quota
+                && let Some(last) = all.get(there - 1 + behind)
+            {
+                stops.push((place, last.position));
+            }
+            of_place
+        };
         for single in &plan.singles {
             answer.extend(
                 rows.iter()
@@ -569,18 +608,17 @@ impl World {
         }
         for (index, lane) in plan.lanes.iter().enumerate() {
             let key = number(&lane.key);
-            answer.extend(
-                rows.iter()
-                    .filter(|row| {
-                        row.draft.shard == lane.shard
-                            && row.draft.key == Some(key)
-                            && (row.position > lane.after.min(low) || plan.awaits(row.position))
-                            && row.position <= lane.upto
-                            && !skip.contains(&row.position)
-                    })
-                    .take(lane.quota)
-                    .map(|row| (Place::Lane(index), *row)),
-            );
+            let of_shard = rows
+                .iter()
+                .filter(|row| {
+                    row.draft.shard == lane.shard
+                        && (row.position > lane.after.min(low) || plan.awaits(row.position))
+                        && row.position <= lane.upto
+                })
+                .collect();
+            answer.extend(scan(Place::Lane(index), lane.quota, of_shard, &|row| {
+                row.draft.key == Some(key) && !skip.contains(&row.position)
+            }));
         }
         let left_out: BTreeSet<usize> = (request.held.keys.iter().map(|(_, key)| key))
             .chain(plan.lanes.iter().map(|lane| &lane.key))
@@ -590,12 +628,15 @@ impl World {
         let anywhere = self.variant == Variant::KnownAnywhere;
         let own = |shard| request.shards.iter().any(|owned| owned.shard == shard);
         for (index, asked) in plan.shards.iter().enumerate() {
-            let wanted = |row: &&Row| {
-                (if joint {
+            let in_shard = |row: &&Row| {
+                if joint {
                     own(row.draft.shard)
                 } else {
                     row.draft.shard == asked.shard
-                }) && !skip.contains(&row.position)
+                }
+            };
+            let wanted = |row: &Row| {
+                !skip.contains(&row.position)
                     && !topics.contains(&row.draft.topic)
                     && !row.draft.key.is_some_and(|key| left_out.contains(&key))
             };
@@ -604,19 +645,21 @@ impl World {
                 (row.position > asked.after && !(anywhere && within(&plan.known, row.position)))
                     || (row.position > low && !within(&plan.known, row.position))
             };
-            let place = |row: &Row| (Place::Shard(index), *row);
+            let place = Place::Shard(index);
+            let of_shard = rows.iter().filter(in_shard);
             if joint {
                 // What is awaited is a part of its own, with as many rows.
-                let first = rows.iter().filter(wanted).filter(|row| awaited(row) && !new(row));
-                answer.extend(first.take(asked.quota).map(place));
-                let rest = rows.iter().filter(wanted).filter(new);
-                answer.extend(rest.take(asked.quota).map(place));
+                let first = of_shard.clone().filter(|row| awaited(row) && !new(row));
+                let first = first.filter(|row| wanted(row)).take(asked.quota);
+                answer.extend(first.map(|row| (place, *row)));
+                let rest = of_shard.filter(new).collect();
+                answer.extend(scan(place, asked.quota, rest, &wanted));
             } else {
-                let all = rows.iter().filter(wanted).filter(|row| awaited(row) || new(row));
-                answer.extend(all.take(asked.quota).map(place));
+                let all = of_shard.filter(|row| awaited(row) || new(row)).collect();
+                answer.extend(scan(place, asked.quota, all, &wanted));
             }
         }
-        answer
+        (answer, stops)
     }
 
     fn conclude(
@@ -815,7 +858,9 @@ impl World {
             } else {
                 self.database.rows.len() - eligible.len()
             };
-        let bound = (shards + 1) * ahead.div_ceil(at_once) + 2 * shards + 4;
+        let rows = self.database.rows.len() + self.database.open_rows();
+        let stops = (shards + MAX_LANES) * rows / self.stride.max(request.max_rows);
+        let bound = (shards + 1) * ahead.div_ceil(at_once) + 2 * shards + 4 + stops;
         let left = eligible
             .iter()
             .filter(|row| !taken.contains(&row.place()))
@@ -926,6 +971,8 @@ fn nothing_is_lost(kind: Kind, reaches: &[&'static str]) {
         "nothing",
         "regained",
         "settled, unknown",
+        "stopped",
+        "lane stopped",
         "sweep",
         "topic held",
         "unsent",
@@ -971,6 +1018,19 @@ const fn quiet() -> Reach {
     Reach::above(100)
 }
 
+/// A request that has room for so many rows of a byte.
+fn of_one_shard(room: usize) -> FetchRequest {
+    FetchRequest {
+        shards: vec![OwnedShard {
+            shard: Shard(0),
+            epoch: Epoch(1),
+        }],
+        max_rows: room,
+        max_bytes: room,
+        ..FetchRequest::default()
+    }
+}
+
 /// A lane that never ends has its share and no more, even where a batch has room for one row only.
 #[test]
 fn an_endless_lane_starves_nobody() {
@@ -979,15 +1039,7 @@ fn an_endless_lane_starves_nobody() {
         topic: "t".into(),
         key: "k".into(),
     };
-    let mut request = FetchRequest {
-        shards: vec![OwnedShard {
-            shard: Shard(0),
-            epoch: Epoch(1),
-        }],
-        max_rows: 1,
-        max_bytes: 1,
-        ..FetchRequest::default()
-    };
+    let mut request = of_one_shard(1);
     let plan = cursor.plan(&request, quiet());
     cursor.conclude(&plan, &Intake::new(&plan), 100);
     request.reread.push(Reread {
@@ -1011,24 +1063,42 @@ fn an_endless_lane_starves_nobody() {
     assert_eq!((of_lane, of_shard), (10, 10));
 }
 
+/// Where transactions end without end that began long ago, each fetch begins far below, among what is held. It must get to
+/// what is new all the same.
+#[test]
+fn scans_that_begin_ever_farther_below_get_to_the_end() {
+    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX).striding(10);
+    let request = of_one_shard(1);
+    let mut strides = Vec::new();
+    let mut ends = 0;
+    for last in 50..150 {
+        // All is held, at each position, and 50 rows back something has been committed.
+        let low = last - 50;
+        let plan = cursor.plan(&request, Reach::above(low));
+        strides.push(plan.stride);
+        let mut intake = Intake::new(&plan);
+        let end = plan.shards[0].after.clamp(0, low) + i64::try_from(plan.stride).unwrap();
+        if end < last {
+            intake.stopped(Place::Shard(0), end);
+        }
+        ends += u32::from(!cursor.conclude(&plan, &intake, low).more);
+    }
+    assert!(ends > 20, "{ends} of 100 fetches, by {strides:?}");
+    assert!(strides.iter().all(|stride| *stride <= 160), "{strides:?}");
+}
+
 /// What the relay has in flight is not returned, whether it was held before or not.
 #[test]
 fn a_message_in_flight_is_not_asked_for() {
     let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX);
     let place = (Shard(0), Position(7));
     let mut request = FetchRequest {
-        shards: vec![OwnedShard {
-            shard: Shard(0),
-            epoch: Epoch(1),
-        }],
         in_flight: vec![place],
         held: Arc::new(Held {
             messages: [place].into(),
             ..Held::default()
         }),
-        max_rows: 10,
-        max_bytes: 10,
-        ..FetchRequest::default()
+        ..of_one_shard(10)
     };
     assert!(cursor.plan(&request, quiet()).singles.is_empty());
     request.held = Arc::default();
@@ -1088,6 +1158,10 @@ fn catches_lanes_that_begin_at_the_head() {
 fn catches_a_main_scan_that_is_not_set_back() {
     catches(Kind::Transactions, Variant::NoRewind);
     catches(Kind::Pending, Variant::NoRewind);
+    catches(Kind::Transactions, Variant::StopsInSilence);
+    catches(Kind::Pending, Variant::StopsInSilence);
+    catches(Kind::Transactions, Variant::StopsTooFar);
+    catches(Kind::Pending, Variant::StopsTooFar);
 }
 
 #[test]
