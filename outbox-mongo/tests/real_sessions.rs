@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use common::{Place, delivered, message, records, request, variable};
 use outbox_core::{
-    ErrorKind, LeaseRequest, Membership, MemorySink, Message, OutboxStore, Relay, RelayConfig, RelayId,
-    Settlement, Subject,
+    ErrorKind, LeaseRequest, Membership, MemorySink, Message, OutboxStore, Reader, Relay, RelayConfig,
+    RelayId, Settlement, Subject,
 };
 use outbox_mongo::mongodb::bson::{Bson, Document, doc};
 use outbox_mongo::{MongoConfig, MongoStore, migrate};
@@ -292,7 +292,7 @@ async fn what_no_majority_confirms_is_told_to_nobody() {
         (251, "holds"),
         (251, "inspect"),
     ] {
-        let mut reader = store.reader().await.unwrap();
+        let mut reader = reader_again(store).await;
         // The driver itself asks once more.
         let twice = doc! { "times": 2 };
         fails(&place, twice, "commitTransaction", doc! { "errorCode": code }).await;
@@ -310,9 +310,20 @@ async fn what_no_majority_confirms_is_told_to_nobody() {
         fails(&place, "off", "commitTransaction", doc! {}).await;
     }
     // The next one reads it again.
-    let mut reader = store.reader().await.unwrap();
+    let mut reader = reader_again(store).await;
     let (records, _) = records(reader.fetch(&request(&owned, 10)).await.unwrap());
     assert_eq!(records.len(), 1);
+}
+
+/// A reader, as soon as the driver has noticed that the server it was told to be going is there.
+async fn reader_again(store: &MongoStore) -> Box<dyn Reader> {
+    for _ in 0..20 {
+        match store.reader().await {
+            Err(error) if error.kind() == ErrorKind::Unavailable => {}
+            reader => return reader.unwrap(),
+        }
+    }
+    panic!("the driver does not find its server again");
 }
 
 /// A renewal that was given up, and is carried out when a later one has been, takes back nothing of it.
