@@ -275,7 +275,7 @@ impl Cursor {
             pending: reach.pending,
             known: if from_start { Vec::new() } else { reach.known },
             singles,
-            stride: self.plan_stride(lanes.len() + shards.len(), rows),
+            stride: self.plan_stride(&lanes, &shards),
             lanes,
             shards,
             max_rows,
@@ -479,12 +479,14 @@ impl Cursor {
             .collect()
     }
 
-    /// What each scan may go past. Never less than it may return.
-    fn plan_stride(&self, scans: usize, rows: usize) -> usize {
+    /// What each scan may go past: never less than it may return.
+    fn plan_stride(&self, lanes: &[LanePlan], shards: &[ShardPlan]) -> usize {
         if self.rescans {
             return usize::MAX;
         }
-        self.stride.each(scans).max(rows)
+        let quotas = lanes.iter().map(|asked| asked.quota);
+        let quotas = quotas.chain(shards.iter().map(|asked| asked.quota));
+        quotas.fold(self.stride.each(lanes.len() + shards.len()), usize::max)
     }
 
     fn plan_lanes(&self, active: Vec<OrderKey>, rows: usize) -> Vec<LanePlan> {

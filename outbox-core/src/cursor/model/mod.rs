@@ -859,7 +859,7 @@ impl World {
                 self.database.rows.len() - eligible.len()
             };
         let rows = self.database.rows.len() + self.database.open_rows();
-        let stops = (shards + MAX_LANES) * rows / self.stride.max(request.max_rows);
+        let stops = (shards + MAX_LANES) * rows / self.stride;
         let bound = (shards + 1) * ahead.div_ceil(at_once) + 2 * shards + 4 + stops;
         let left = eligible
             .iter()
