@@ -16,7 +16,7 @@ use tokio::sync::Mutex;
 use crate::config::MysqlConfig;
 use crate::enqueue::MysqlOutbox;
 use crate::reader::MysqlReader;
-use crate::reading::{loses_and_repeats_nothing, owning};
+use crate::reading::{goes_past_a_part, loses_and_repeats_nothing, owning};
 use crate::schema::migrate;
 use crate::sql::{Sql, safe};
 
@@ -55,6 +55,7 @@ async fn scans_that_stop_lose_and_repeat_nothing(variable: &str) {
         };
         let parts = reader().await.striding(random.usize(1..100));
         loses_and_repeats_nothing(seed, &owned, enqueue, reader().await, parts).await;
+        goes_past_a_part(&owned, reader().await.striding(1)).await;
         let drop = format!("DROP DATABASE `{database}`");
         connection
             .lock()

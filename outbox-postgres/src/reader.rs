@@ -291,7 +291,9 @@ impl<'p> Binding<'p> {
             .map(Vec::as_slice)
             .chain(apart().map(|key| &*key.key))
             .collect();
-        sql.fetch
+        let goes_past = !barred.held.topics.is_empty() || !key_topics.is_empty();
+        let statement = if goes_past { &sql.fetch_past } else { &sql.fetch };
+        let query = statement
             .query()
             .bind(*below)
             .bind(xids)
@@ -340,7 +342,11 @@ impl<'p> Binding<'p> {
                     .iter()
                     .map(|asked| limit(asked.quota))
                     .collect::<Vec<_>>(),
-            )
-            .bind(limit(plan.stride))
+            );
+        if goes_past {
+            query.bind(limit(plan.stride))
+        } else {
+            query
+        }
     }
 }

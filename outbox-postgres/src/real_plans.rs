@@ -160,7 +160,7 @@ fn asking_beside(topics: &[&str], below: i64, shards: i64, after: i64, quota: i6
     };
     let nothing = |lists: usize| vec!["'{}'"; lists].join(", ");
     format!(
-        "{below}, {}, '{{{}}}', {}, {}, {}, {}, {STRIDE}",
+        "{below}, {}, '{{{}}}', {}, {}, {}, {}",
         nothing(5),
         topics.join(","),
         nothing(8),
@@ -172,10 +172,23 @@ fn asking_beside(topics: &[&str], below: i64, shards: i64, after: i64, quota: i6
 
 #[tokio::test]
 async fn fetch_costs_what_it_returns() {
+    costs_what_it_returns(|sql| &sql.fetch, asking).await;
+}
+
+#[tokio::test]
+async fn fetch_past_what_is_held_costs_what_it_returns_where_nothing_is() {
+    costs_what_it_returns(
+        |sql| &sql.fetch_past,
+        |below, shards, after, quota| format!("{}, {STRIDE}", asking(below, shards, after, quota)),
+    )
+    .await;
+}
+
+async fn costs_what_it_returns(statement: fn(&Sql) -> &Statement, asking: fn(i64, i64, i64, i64) -> String) {
     let mut place = Place::new().await;
     // Prepared, planned and run while the table is empty: that plan must serve for ever.
     let mut early = place
-        .prepared(Settings::reading(&place.config), &place.sql.fetch)
+        .prepared(Settings::reading(&place.config), statement(&place.sql))
         .await;
     for _ in 0..7 {
         explain(&mut early, &asking(i64::MIN, 64, i64::MIN, 16))
@@ -194,7 +207,7 @@ async fn fetch_costs_what_it_returns() {
             place.analyze().await;
         }
         let mut late = place
-            .prepared(Settings::reading(&place.config), &place.sql.fetch)
+            .prepared(Settings::reading(&place.config), statement(&place.sql))
             .await;
         for connection in [&mut early, &mut late] {
             for ((shards, quota), small) in cases.into_iter().zip(&small) {
@@ -229,10 +242,11 @@ async fn fetch_passes_no_more_than_a_stride() {
     let mut place = Place::new().await;
     place.fill(LARGE).await;
     let mut reader = place
-        .prepared(Settings::reading(&place.config), &place.sql.fetch)
+        .prepared(Settings::reading(&place.config), &place.sql.fetch_past)
         .await;
+    let asked = format!("{}, {STRIDE}", asking_beside(&["t"], i64::MIN, 1, i64::MIN, 500));
     for _ in 0..7 {
-        let passed = explain(&mut reader, &asking_beside(&["t"], i64::MIN, 1, i64::MIN, 500)).await;
+        let passed = explain(&mut reader, &asked).await;
         passed.is_by_key();
         assert_eq!(
             passed.rows, 2,

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use crate::config::PostgresConfig;
 use crate::enqueue::PostgresOutbox;
 use crate::reader::PostgresReader;
-use crate::reading::{loses_and_repeats_nothing, owning};
+use crate::reading::{goes_past_a_part, loses_and_repeats_nothing, owning};
 use crate::schema::migrate;
 use crate::sql::{Sql, safe};
 
@@ -45,6 +45,7 @@ async fn scans_that_stop_lose_and_repeat_nothing() {
         let rows = fastrand::Rng::with_seed(seed).usize(1..100);
         let parts = reader().await.striding(rows);
         loses_and_repeats_nothing(seed, &owned, enqueue, reader().await, parts).await;
+        goes_past_a_part(&owned, reader().await.striding(1)).await;
         let drop = format!("DROP SCHEMA \"{schema}\" CASCADE");
         connection.lock().await.execute(safe(drop)).await.unwrap();
     }

@@ -217,7 +217,10 @@ pub(crate) struct Sql {
     pub(crate) insert_many: Statement,
     pub(crate) insert_or_schedule: Statement,
 
+    /// While nothing is held.
     pub(crate) fetch: Statement,
+    /// While something is, which scans go past.
+    pub(crate) fetch_past: Statement,
 
     pub(crate) lease: Statement,
     pub(crate) take: Statement,
@@ -396,7 +399,8 @@ impl Sql {
                 ),
             )),
 
-            fetch: statement(fetch(&outbox, &sequence)),
+            fetch: statement(fetch(&outbox, &sequence, false)),
+            fetch_past: statement(fetch(&outbox, &sequence, true)),
 
             // Renews what the relay still holds, the membership first; never to an earlier end, should an answer that was not
             // waited for come last. Rows are locked in the order of shards, as
@@ -614,21 +618,34 @@ impl Sql {
 /// shards, each in the order of positions. Lists are arrays, so that there is one statement whatever their lengths,
 /// and `NOT IN (SELECT unnest(…))` rather than `<> ALL (…)`, because only that is looked up in a hash table.
 ///
-/// The scans go past `$19` rows at most, which are counted as they come. The last column is 0, or tells of the row with that
-/// number: 1 that it is wanted, too, and 2 that it is there for its position alone.
-fn fetch(outbox: &str, sequence: &str) -> String {
+/// Where scans go past what is held, it is past `$19` rows at most, which are counted as they come: that has its price, so
+/// otherwise they are not. The last column is 0, or tells of the row with that number: 1 that it is wanted, too, and 2 that it is
+/// there for its position alone.
+fn fetch(outbox: &str, sequence: &str, goes_past: bool) -> String {
     let skip = "o.id NOT IN (SELECT i FROM skip)";
     let given = READ
         .replace("o.payload", "CASE WHEN o.wanted THEN o.payload END")
         .replace("o.headers", "(CASE WHEN o.wanted THEN o.headers END)");
     let scan = |place: u8, asked: &str, range: &str, wanted: &str| {
+        let range = format!("o.shard = u.shard AND o.id > least(u.after, server.low) {range}");
+        let (given, rows) = if goes_past {
+            (
+                format!("{given}, CASE WHEN o.nth < $19 THEN 0 WHEN o.wanted THEN 1 ELSE 2 END"),
+                format!(
+                    "(SELECT o.*, row_number() OVER (ORDER BY o.id) AS nth, ({wanted}) AS wanted FROM \
+                         (SELECT * FROM {outbox} o WHERE {range} ORDER BY o.id LIMIT $19) o) o \
+                     WHERE o.wanted OR o.nth = $19"
+                ),
+            )
+        } else {
+            (
+                format!("{READ}, 0"),
+                format!("{outbox} o WHERE {range} AND {wanted}"),
+            )
+        };
         format!(
-            "SELECT {place}, u.n, o.shard, o.id, {given}, CASE WHEN o.nth < $19 THEN 0 WHEN o.wanted THEN 1 ELSE 2 END \
-             FROM server CROSS JOIN unnest({asked}, n) CROSS JOIN LATERAL \
-                 (SELECT * FROM (SELECT o.*, row_number() OVER (ORDER BY o.id) AS nth, {wanted} AS wanted FROM \
-                     (SELECT * FROM {outbox} o WHERE o.shard = u.shard AND o.id > least(u.after, server.low) {range} \
-                      ORDER BY o.id LIMIT $19) o) o \
-                  WHERE o.wanted OR o.nth = $19 ORDER BY o.id LIMIT u.quota) o"
+            "SELECT {place}, u.n, o.shard, o.id, {given} FROM server CROSS JOIN unnest({asked}, n) CROSS JOIN LATERAL \
+                 (SELECT * FROM {rows} ORDER BY o.id LIMIT u.quota) o"
         )
     };
     let lanes = scan(
@@ -636,15 +653,15 @@ fn fetch(outbox: &str, sequence: &str) -> String {
         "$10::smallint[], $11::text[], $12::bytea[], $13::bigint[], $14::bigint[], $15::bigint[]) \
          WITH ORDINALITY u(shard, topic, key, after, upto, quota",
         "AND o.id <= u.upto",
-        &format!("(o.topic = u.topic AND o.key IS NOT DISTINCT FROM u.key AND {skip})"),
+        &format!("o.topic = u.topic AND o.key = u.key AND {skip}"),
     );
     let shards = scan(
         3,
         "$16::smallint[], $17::bigint[], $18::bigint[]) WITH ORDINALITY u(shard, after, quota",
         "",
         &format!(
-            "({skip} AND o.topic NOT IN (SELECT unnest($7::text[])) \
-              AND (o.key IS NULL OR (o.topic, o.key) NOT IN (SELECT * FROM unnest($8::text[], $9::bytea[]))))"
+            "{skip} AND o.topic NOT IN (SELECT unnest($7::text[])) \
+             AND (o.key IS NULL OR (o.topic, o.key) NOT IN (SELECT * FROM unnest($8::text[], $9::bytea[])))"
         ),
     );
     let none = "NULL::uuid, NULL::text, NULL::bytea, NULL::bytea";

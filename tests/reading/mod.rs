@@ -192,3 +192,17 @@ pub(crate) async fn loses_and_repeats_nothing(
         keys.push((key, record.position));
     }
 }
+
+/// Of all that is held, a fetch goes past a part. Of an outbox after [`loses_and_repeats_nothing`].
+#[allow(dead_code, reason = "not every store goes past anything")]
+pub(crate) async fn goes_past_a_part(owned: &[OwnedShard], parts: impl Reader + 'static) {
+    let mut reading = Reading::new(parts, owned);
+    let topics = TOPICS.iter().chain(&["c"]).map(|topic| (*topic).into());
+    reading.request.held = Arc::new(Held {
+        topics: topics.collect(),
+        ..Held::default()
+    });
+    assert_eq!(reading.batch(1).await, (0, true));
+    reading.read_all(1).await;
+    assert!(reading.read.is_empty());
+}
