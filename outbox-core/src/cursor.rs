@@ -129,6 +129,10 @@ struct Progress {
     position: i64,
     /// Below the lowest single that did not come while a topic was held: it is gone, or of that topic.
     missed: i64,
+    /// Whether the last scan stopped.
+    stopped: bool,
+    /// How far scans that stopped have got since the last one that came to the end.
+    farthest: i64,
 }
 
 /// A key that is read apart, or that is held.
@@ -147,7 +151,8 @@ struct Lane {
 #[derive(Debug)]
 struct Sweep {
     interval: Duration,
-    /// When the next one is due; none is never.
+    /// When the next one is due. None before all has been read since the last one: it would begin from the start again what is
+    /// not at its end yet.
     due: Option<Instant>,
 }
 
@@ -180,7 +185,7 @@ impl Cursor {
             asked: now(),
             sweep: Sweep {
                 interval: sweep_interval,
-                due: now().checked_add(sweep_interval),
+                due: None,
             },
         }
     }
@@ -317,6 +322,8 @@ impl Cursor {
                 epoch,
                 position: START,
                 missed: END,
+                stopped: false,
+                farthest: START,
             });
         }
         self.shards.len() > known
@@ -562,10 +569,10 @@ impl Cursor {
             self.scans.note(self.fetches, begin, newest);
         }
 
-        self.adapt_stride(plan, intake, low);
         self.move_shards(plan, intake, low);
         self.move_lanes(plan, intake, low);
         self.move_singles(plan, intake);
+        self.adapt_stride(plan, intake, low);
         if intake.disordered {
             // The plan was carried out in another order than was asked for: what was cut off cannot be told.
             for progress in self.shards.values_mut() {
@@ -584,6 +591,9 @@ impl Cursor {
             self.rows.saturating_mul(2)
         };
         if plan.sweeps {
+            self.sweep.due = None;
+        }
+        if self.sweep.due.is_none() && self.shards.values().all(|progress| progress.position == END) {
             self.sweep.due = now().checked_add(self.sweep.interval);
         }
         let waiting_lane = |(key, lane): (&OrderKey, &Lane)| {
@@ -610,20 +620,30 @@ impl Cursor {
     }
 
     fn adapt_stride(&mut self, plan: &Plan, intake: &Intake, low: i64) {
-        // A sweep begins below by its nature.
-        if plan.sweeps {
-            return;
+        let (mut stopped, mut again) = (false, false);
+        for asked in &plan.shards {
+            let Some(progress) = self.shards.get_mut(&asked.shard) else {
+                continue;
+            };
+            if progress.stopped {
+                stopped = true;
+                again |= low < asked.after || progress.position <= progress.farthest;
+                progress.farthest = progress.farthest.max(progress.position);
+            } else if progress.position == END {
+                progress.farthest = START;
+            }
         }
-        let lanes = plan.lanes.iter().map(|asked| (asked.after, asked.quota));
-        let shards = plan.shards.iter().map(|asked| (asked.after, asked.quota));
-        let stopped = std::iter::zip(lanes, &intake.lanes)
-            .chain(std::iter::zip(shards, &intake.shards))
-            .filter(|((_, quota), taken)| taken.stopped.is_some() && taken.rows < *quota)
-            .map(|((after, _), _)| after)
-            .max();
-        let took = now().saturating_duration_since(self.asked);
-        self.stride
-            .adapt(took, stopped.is_some(), stopped.is_some_and(|after| low < after));
+        for (asked, taken) in std::iter::zip(&plan.lanes, &intake.lanes) {
+            if taken.stops_before(asked.quota).is_some() {
+                stopped = true;
+                again |= low < asked.after;
+            }
+        }
+        // A sweep sees everything again by its nature.
+        if !plan.sweeps {
+            let took = now().saturating_duration_since(self.asked);
+            self.stride.adapt(took, stopped, again);
+        }
     }
 
     fn move_shards(&mut self, plan: &Plan, intake: &Intake, low: i64) {
@@ -634,6 +654,7 @@ impl Cursor {
             };
             let reached = intake.cut.is_none_or(|cut| index < cut);
             let base = asked.after.min(low);
+            progress.stopped = reached && taken.stops_before(asked.quota).is_some();
             progress.position = if reached && taken.rows < asked.quota {
                 taken.stopped.map_or(END, |stopped| plan.reached(stopped, base))
             } else if taken.rows > 0 {
@@ -673,10 +694,18 @@ impl Cursor {
                     lane.position = plan.reached(stopped, asked.after.min(low));
                     continue;
                 }
-                self.lanes.remove(&asked.key);
-                // The main scan has left the key out once more, from there on.
-                if let Some(progress) = self.progress_mut(asked.shard) {
-                    progress.position = progress.position.min(asked.upto);
+                let joint = self.joint.is_some();
+                let main = if joint { ALL } else { asked.shard };
+                match self.shards.get_mut(&main) {
+                    // The main scan goes past what is held, and must not have done so in vain: the lane goes beside it.
+                    Some(main) if main.stopped && main.position > asked.upto => lane.position = asked.upto,
+                    // It has left the key out once more, from there on.
+                    main => {
+                        if let Some(main) = main {
+                            main.position = main.position.min(asked.upto);
+                        }
+                        self.lanes.remove(&asked.key);
+                    }
                 }
             } else if taken.rows > 0 {
                 lane.position = plan.reached(taken.last, asked.after.min(low));

@@ -133,18 +133,17 @@ async fn batch(
             0 if index == 0 => continue,
             // What it has comes from another one: in its own order, and later than that one shows it.
             0 => return Err(read_only(DURING)),
-            1 => Place::Single,
-            2 => Place::Lane(index),
-            3 => Place::Shard(index),
-            part => {
-                let place = if part == 4 {
-                    Place::Shard(index)
-                } else {
-                    Place::Lane(index)
+            ends @ (1 | 2) => {
+                let place = match ends {
+                    1 => Place::Shard(index),
+                    _ => Place::Lane(index),
                 };
                 intake.stopped(place, number(&row, 3).during(DURING)?.saturating_sub(1));
                 continue;
             }
+            3 => Place::Single,
+            4 => Place::Lane(index),
+            _ => Place::Shard(index),
         };
         let record = rows.record(&row, 2).during(DURING)?;
         if intake.offer(plan, place, record.position.0, record.message.size()) {

@@ -116,8 +116,8 @@ impl Place {
                 .map(|(_, access, index)| (access, index))
                 .collect::<Vec<_>>()
         };
-        // The wide part after what is pending, a lane and a single, and what lies behind the ends of both; then the first fetch
-        // ever, which has only the wide part.
+        // The wide part after what is pending, a lane and a single, and before them what lies behind the ends of both; then the
+        // first fetch ever, which has only the wide part.
         let (wide, held) = (request(64), &request(64).held);
         let barred = Barred::new(held);
         let mut asking = Asking {
@@ -134,9 +134,9 @@ impl Place {
             indexes,
             [
                 "PRIMARY",
+                "PRIMARY",
+                "PRIMARY",
                 "outbox_shard",
-                "PRIMARY",
-                "PRIMARY",
                 "PRIMARY",
                 "PRIMARY"
             ],
@@ -162,7 +162,7 @@ impl Place {
         };
         let (found, _) = self.plan(&self.sql.fetch(&asking)).await;
         let indexes: Vec<String> = reads(found.clone()).into_iter().map(|(_, index)| index).collect();
-        assert_eq!(indexes, ["outbox_shard", "outbox_shard", "PRIMARY"], "{found:?}");
+        assert_eq!(indexes, ["PRIMARY", "outbox_shard", "outbox_shard"], "{found:?}");
     }
 
     /// What is looked at, with the eyes of a dirty read, is a part of the primary key.

@@ -824,8 +824,9 @@ impl Sql {
     }
 
     /// What a plan asks for, in the order of its parts: the part, its index, and the row. One statement, that is one
-    /// snapshot. The first part is the server's: whether it takes no writes. The last ones tell where scans ended though
-    /// there is more: 4 is of shards and 5 of lanes, and the row is the first behind.
+    /// snapshot. The first part is the server's: whether it takes no writes. Then come the ends of scans though there is
+    /// more, 1 of shards and 2 of lanes, each with the first row behind; so no limit cuts them off. 3 are singles, 4 lanes and 5
+    /// shards.
     ///
     /// Who owns most shards goes through the table in its order; who owns few, through these alone.
     pub(crate) fn fetch(&self, asking: &Asking<'_>) -> String {
@@ -863,20 +864,20 @@ impl Sql {
         if !plan.singles.is_empty() {
             let ids = list(plan.singles.iter().map(|(_, id)| id));
             let condition = format!("o.id IN ({ids}) AND {}", barred.topics());
-            parts.push(select("1, 0", "PRIMARY", &condition, plan.singles.len()));
+            parts.push(select("3, 0", "PRIMARY", &condition, plan.singles.len()));
         }
         for (index, lane) in plan.lanes.iter().enumerate() {
             let after = lane.after.min(low);
             let appear = appear(&plan.pending, after);
             let end = asking.end(after).filter(|end| *end < lane.upto);
-            behind(5, index, end);
+            behind(2, index, end);
             let condition = format!(
                 "o.shard = {} AND (o.id > {after} OR {appear}) AND o.id <= {} AND {} AND {skip}",
                 lane.shard,
                 end.unwrap_or(lane.upto),
                 of_key(&lane.key)
             );
-            parts.push(select(&format!("2, {index}"), &by_shard, &condition, lane.quota));
+            parts.push(select(&format!("4, {index}"), &by_shard, &condition, lane.quota));
         }
         let passed = format!(
             "{skip} AND {} AND {}",
@@ -890,7 +891,7 @@ impl Sql {
             let known = outside(&plan.known, asked.after);
             let mut part = |index: &str, whose: &str| {
                 let condition = format!("{whose} AND {passed}");
-                parts.push(select("3, 0", index, &condition, asked.quota));
+                parts.push(select("5, 0", index, &condition, asked.quota));
             };
             if plan.pending.first().is_some_and(|(first, _)| *first <= after) {
                 part("PRIMARY", &format!("{} AND {own}", appear(&plan.pending, after)));
@@ -908,14 +909,14 @@ impl Sql {
             } else {
                 part("PRIMARY", &format!("o.id > {after}{upto}{known} AND {own}"));
             }
-            behind(4, 0, end);
+            behind(1, 0, end);
         }
-        let most = ends.len();
-        parts.extend(ends);
+        let ends_and_server = 1 + ends.len();
+        parts.splice(1..1, ends);
         let all = parts.join(" UNION ALL ");
         if few {
             let apart = plan.singles.len() + plan.lanes.iter().map(|lane| lane.quota).sum::<usize>();
-            let most = 1 + most + apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
+            let most = ends_and_server + apart + plan.shards.iter().map(|asked| asked.quota).sum::<usize>();
             format!("{all} ORDER BY 1, 2, 4 LIMIT {most}")
         } else {
             all

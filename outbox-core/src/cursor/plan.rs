@@ -254,6 +254,13 @@ pub(super) struct Taken {
     pub(super) stopped: Option<i64>,
 }
 
+impl Taken {
+    /// Where the scan stopped short of so many rows.
+    pub(super) fn stops_before(&self, quota: usize) -> Option<i64> {
+        self.stopped.filter(|_| self.rows < quota)
+    }
+}
+
 impl Intake {
     /// Takes nothing yet.
     ///
@@ -346,7 +353,7 @@ impl Intake {
     }
 
     /// The scan of a lane or a shard ended at a position, though there may be more behind it: of what lies above, nothing
-    /// was looked at. Told after its rows.
+    /// was looked at.
     ///
     /// ```
     /// # use std::time::Duration;

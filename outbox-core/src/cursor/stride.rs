@@ -9,7 +9,7 @@ pub(super) struct Stride {
     rows: usize,
     /// Whether it stays as it is.
     fixed: bool,
-    /// How many times as many, while scans have to begin below where they stood.
+    /// How many times as many, while scans see again what they have seen.
     times: usize,
 }
 
@@ -44,15 +44,15 @@ impl Stride {
         self.rows.saturating_mul(self.times) / scans.max(1)
     }
 
-    /// A fetch took so long. `stopped` says whether a scan ended because of the stride; `below`, whether one did that had
-    /// begun below where it stood: it has seen again much of what it had seen. Were that so each time, because what began long
-    /// ago is committed without end, what is new would never be reached.
-    pub(super) fn adapt(&mut self, took: Duration, stopped: bool, below: bool) {
-        self.times = if below {
-            self.times.saturating_mul(2)
-        } else {
-            (self.times / 2).max(1)
-        };
+    /// A fetch took so long. `stopped` says whether a scan ended because of the stride; `again`, whether one did that has seen
+    /// again what had been seen. Were that so each time, because what began long ago is committed without end, or because what
+    /// was held is let go, what is new would never be reached. So it gets longer until no scan stops.
+    pub(super) fn adapt(&mut self, took: Duration, stopped: bool, again: bool) {
+        if again {
+            self.times = self.times.saturating_mul(2);
+        } else if !stopped {
+            self.times = (self.times / 2).max(1);
+        }
         if !stopped || self.fixed {
             return;
         }
@@ -93,6 +93,7 @@ mod tests {
         let mut stride = Stride::fixed(10);
         stride.adapt(Duration::ZERO, true, true);
         stride.adapt(Duration::ZERO, true, true);
+        stride.adapt(Duration::ZERO, true, false);
         assert_eq!((stride.each(1), stride.each(4)), (40, 10));
         for _ in 0..5 {
             stride.adapt(Duration::ZERO, false, false);

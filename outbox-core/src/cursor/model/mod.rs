@@ -1063,28 +1063,101 @@ fn an_endless_lane_starves_nobody() {
     assert_eq!((of_lane, of_shard), (10, 10));
 }
 
+/// Fetches from a table in which all is held, at each position up to `last`; says whether that was all.
+fn goes_past(cursor: &mut Cursor, request: &mut FetchRequest, low: i64, last: i64) -> bool {
+    let plan = cursor.plan(request, Reach::above(low));
+    request.reread.clear();
+    let mut intake = Intake::new(&plan);
+    let stride = i64::try_from(plan.stride).unwrap();
+    let mut scan = |place: Place, after: i64, upto: i64| {
+        let base = if plan.from_start { 0 } else { after.clamp(0, low) };
+        if base + stride < upto {
+            intake.stopped(place, base + stride);
+        }
+    };
+    scan(Place::Shard(0), plan.shards[0].after, last);
+    for (index, lane) in plan.lanes.iter().enumerate() {
+        scan(Place::Lane(index), lane.after, lane.upto.min(last));
+    }
+    !cursor.conclude(&plan, &intake, low).more
+}
+
 /// Where transactions end without end that began long ago, each fetch begins far below, among what is held. It must get to
 /// what is new all the same.
 #[test]
 fn scans_that_begin_ever_farther_below_get_to_the_end() {
-    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX).striding(10);
-    let request = of_one_shard(1);
-    let mut strides = Vec::new();
-    let mut ends = 0;
-    for last in 50..150 {
-        // All is held, at each position, and 50 rows back something has been committed.
-        let low = last - 50;
-        let plan = cursor.plan(&request, Reach::above(low));
-        strides.push(plan.stride);
-        let mut intake = Intake::new(&plan);
-        let end = plan.shards[0].after.clamp(0, low) + i64::try_from(plan.stride).unwrap();
-        if end < last {
-            intake.stopped(Place::Shard(0), end);
+    for often in [1, 3] {
+        let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX).striding(10);
+        let (mut request, mut ends) = (of_one_shard(1), 0);
+        for last in 300..500 {
+            // Of each fetch, or of every third, something is committed 300 rows back.
+            let low = if last % often == 0 { last - 300 } else { last };
+            ends += u32::from(goes_past(&mut cursor, &mut request, low, last));
+            assert!(cursor.stride.each(1) <= 640, "{:?}", cursor.stride);
         }
-        ends += u32::from(!cursor.conclude(&plan, &intake, low).more);
+        assert!(ends > 20, "{ends} of 200 fetches, low at every {often}");
     }
-    assert!(ends > 20, "{ends} of 100 fetches, by {strides:?}");
-    assert!(strides.iter().all(|stride| *stride <= 160), "{strides:?}");
+}
+
+/// Every third fetch all is wanted again, as when a sink is purged.
+#[test]
+fn scans_that_are_sent_back_get_to_the_end() {
+    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX).striding(10);
+    let (mut request, last) = (of_one_shard(1), 1_000);
+    let ended = (0..200).position(|fetch| {
+        if fetch % 3 == 0 {
+            request.reread.push(Reread {
+                shard: Shard(0),
+                scope: RereadScope::Shard,
+                from: Position(1),
+            });
+        }
+        goes_past(&mut cursor, &mut request, last, last)
+    });
+    assert!(ended.is_some(), "{:?}", cursor.stride);
+}
+
+/// Keys are let go all the time while the main scan goes past what is held.
+#[test]
+fn lanes_that_end_take_nothing_back_of_a_long_way() {
+    for keys in [1, 4, 40] {
+        let mut cursor = Cursor::new(FetchMode::Cursor, Duration::MAX).striding(50);
+        let (mut request, last) = (of_one_shard(1), 1_000);
+        let position = |cursor: &Cursor| cursor.shards.get(&Shard(0)).map_or(1, |main| main.position);
+        for fetches in 0.. {
+            assert!(fetches < 200, "{keys} keys, it is still at {:?}", cursor.shards);
+            let key = |number: u8| OrderKey {
+                topic: "t".into(),
+                key: vec![number].into(),
+            };
+            request.reread.extend((0..keys).map(|number| Reread {
+                shard: Shard(0),
+                scope: RereadScope::Key(key(number)),
+                from: Position(position(&cursor)),
+            }));
+            goes_past(&mut cursor, &mut request, last, last);
+            // At the end there is nothing left to be in vain.
+            if position(&cursor) > last - 50 {
+                break;
+            }
+            assert_eq!(
+                cursor.stride.each(1),
+                50,
+                "{keys} keys, and not by longer strides"
+            );
+        }
+    }
+}
+
+/// A sweep that is due all the time begins when all has been read, and not before.
+#[test]
+fn sweeps_let_a_long_way_come_to_its_end() {
+    let mut cursor = Cursor::new(FetchMode::Cursor, Duration::ZERO).striding(10);
+    let (mut request, last) = (of_one_shard(1), 1_000);
+    for _ in 0..3 {
+        let ended = (0..150).position(|_| goes_past(&mut cursor, &mut request, last, last));
+        assert!(ended.is_some_and(|fetches| fetches >= 50), "{ended:?}");
+    }
 }
 
 /// What the relay has in flight is not returned, whether it was held before or not.
