@@ -694,8 +694,7 @@ impl Cursor {
                     lane.position = plan.reached(stopped, asked.after.min(low));
                     continue;
                 }
-                let joint = self.joint.is_some();
-                let main = if joint { ALL } else { asked.shard };
+                let main = if self.joint.is_some() { ALL } else { asked.shard };
                 match self.shards.get_mut(&main) {
                     // The main scan goes past what is held, and must not have done so in vain: the lane goes beside it.
                     Some(main) if main.stopped && main.position > asked.upto => lane.position = asked.upto,

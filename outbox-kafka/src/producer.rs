@@ -196,7 +196,7 @@ impl Watch {
         if let Some(silence) = &silence
             && silence.explained
         {
-            is_out(tracker, silence);
+            close_as_out(tracker, silence);
             return;
         }
         if self.asked.elapsed() < recipe.silence || tracker.is_closed() {
@@ -217,7 +217,7 @@ impl Watch {
         } else if let Some(silence) = &silence
             && nobody_answers
         {
-            is_out(tracker, silence);
+            close_as_out(tracker, silence);
         }
     }
 
@@ -249,7 +249,8 @@ impl Watch {
     }
 }
 
-fn is_out(tracker: &Tracker, silence: &Silence) {
+/// The destination is out: nothing of what is open will be acknowledged.
+fn close_as_out(tracker: &Tracker, silence: &Silence) {
     tracing::warn!(reason = %silence.closing.reason, "kafka is out");
     tracker.close(silence.closing.clone());
 }

@@ -56,6 +56,7 @@ async fn again<T>(mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
     }
     panic!("nothing is told");
 }
+
 /// The broker learns of a grant a little later; then it knows of those that were made before, too.
 async fn until_granted(topic: &str) {
     let mut sink = KafkaSink::new(&login()).unwrap();
